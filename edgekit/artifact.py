@@ -1,0 +1,75 @@
+"""The Artifact: a folder with the model file that ships and the artifact.json that describes it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import EdgekitError
+from edgekit.files import sha256
+
+SCHEMA = 1
+# Which of an artifact's files is judged, by format: the others are the same network for another loader.
+JUDGED = {"onnx": "model.onnx", "torchscript": "model.pt"}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An exported network on disk; `record` is its artifact.json, as CLI.md fixes it."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def format(self) -> str:
+        return self.record["format"]
+
+    @property
+    def precision(self) -> str:
+        return self.record["precision"]
+
+    @property
+    def path(self) -> Path:
+        """The file that is judged."""
+        return self.folder / JUDGED[self.format]
+
+    @property
+    def sha256(self) -> str:
+        return next(file["sha256"] for file in self.record["files"] if file["path"] == self.path.name)
+
+    @property
+    def bytes(self) -> int:
+        return self.path.stat().st_size
+
+
+def load(folder: Path) -> Artifact:
+    """Read an artifact and check every file of it against its digest.
+
+    Raises:
+        EdgekitError: artifact.json is missing or damaged, or a file is missing or not the one that was exported.
+    """
+    path = folder / "artifact.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        files = [(folder / Path(file["path"]).name, file["sha256"]) for file in record["files"]]
+        known = record["format"] in JUDGED and JUDGED[record["format"]] in [file.name for file, _ in files]
+    except FileNotFoundError:
+        raise EdgekitError("there is no artifact.json", where=folder, mend="Run: edgekit export") from None
+    except (ValueError, KeyError, TypeError):
+        raise EdgekitError("not a valid artifact.json", where=path, mend="Run: edgekit export --force") from None
+    if not known:
+        raise EdgekitError("names a format or a file that edgekit does not know", where=path)
+    for file, expected in files:
+        if not file.is_file():
+            raise EdgekitError("the file is missing", where=file, mend="Run: edgekit export --force")
+        if sha256(file) != expected:
+            raise EdgekitError(
+                "the file has changed since it was exported (its sha256 is not the one in artifact.json)",
+                where=file,
+                mend="Run: edgekit export --force",
+            )
+    return Artifact(folder, record)

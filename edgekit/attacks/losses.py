@@ -1,0 +1,24 @@
+"""What a gradient attack climbs: one value per sample, higher where the classifier errs more."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy (N,) in nats of `logits` (N, K) against `labels` (N,); never summed, so that samples stay apart."""
+    return functional.cross_entropy(logits, labels, reduction="none")
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Highest wrong logit minus the true one (N,): Carlini and Wagner, S&P 2017, arXiv:1608.04644.
+
+    Positive exactly where the answer is wrong; its gradient does not vanish where the classifier is sure.
+    """
+    true = labels[:, None]
+    return logits.scatter(1, true, -torch.inf).amax(1) - logits.gather(1, true).squeeze(1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": margin}

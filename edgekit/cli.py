@@ -1,0 +1,176 @@
+"""The commands: parse, call, print. What they do stands in the modules that they import when called."""
+
+import errno
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from edgekit import __version__
+from edgekit.console import console, say
+from edgekit.errors import ENVIRONMENT, EdgekitError, printable
+
+app = typer.Typer(
+    help="Distil a robust image classifier, export it, and prove that its robustness arrived.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _print_json(document: Any) -> None:
+    print(jsonlib.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@app.command()
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/mobilenet.toml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="K=V", help="Override a key: --set train.epochs=5.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run folder.  [default: runs/<recipe>-<n>]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: a GPU where there is one]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.  [default: the recipe's]")] = None,
+    json: Json = False,
+) -> None:
+    """Train a robust student, and first its teacher if need be."""
+    from edgekit.train import distill as work
+
+    result = work(recipe, overrides=overrides or (), run=run, resume=resume, device=device, seed=seed)
+    if json:
+        _print_json(result)
+        return
+    metrics = result["metrics"]
+    say(
+        f"{result['run']}: validation accuracy {100 * metrics['clean_accuracy']:.1f} % clean, "
+        f"{100 * metrics['robust_accuracy']:.1f} % under PGD (epoch {metrics['epoch']}); {result['seconds']:.0f} s"
+    )
+    target = "" if run is None else f" {result['run']}"
+    say(f"Next: edgekit export{target} --int8")
+
+
+@app.command()
+def export(
+    run: Annotated[Path | None, typer.Argument(help="A run folder.  [default: the latest run]")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Write int8 files too.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Write fp16 files too.")] = False,
+    format: Annotated[str | None, typer.Option(metavar="F,…", help="onnx, torchscript.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Part of the artifact's name, to keep several side by side.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact of the same name.")] = False,
+    json: Json = False,
+) -> None:
+    """Write deployable files, each opened again and compared with the student."""
+    from edgekit.exporter import export as work
+
+    result = work(run, int8=int8, fp16=fp16, formats=format.split(",") if format else None, label=label, force=force)
+    if json:
+        _print_json(result)
+        return
+    say(f"Next: edgekit verify{'' if run is None else f' {run}'} --attack pgd20")
+
+
+@app.command()
+def verify(
+    what: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN|ARTIFACT]", help="A run or an artifact folder.  [default: the latest run]"),
+    ] = None,
+    attack: Annotated[
+        str, typer.Option(metavar="A,B", help="pgd20, pgd100x5, pgd20-margin, fgsm, …; several: the worst case.")
+    ] = "pgd20",
+    samples: Annotated[int | None, typer.Option(min=1, help="Test images.  [default: 1000 or all]")] = None,
+    epsilon: Annotated[
+        str | None, typer.Option(help="Radius in [0, 1] pixels; 8/255 is allowed.  [default: the recipe's]")
+    ] = None,
+    norm: Annotated[str, typer.Option(help="Linf.")] = "Linf",
+    tolerance: Annotated[
+        float, typer.Option(metavar="POINTS", min=0, max=100, help="Loss of robust accuracy that is borne.")
+    ] = 2.0,
+    clean_tolerance: Annotated[
+        float, typer.Option(metavar="POINTS", min=0, max=100, help="The same for clean accuracy.")
+    ] = 2.0,
+    at_least: Annotated[
+        float | None, typer.Option(metavar="POINTS", min=0, max=100, help="Robust accuracy that each file must reach.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of samples and of every attack.")] = 0,
+    save_adversarial: Annotated[Path | None, typer.Option(metavar="F.npz", help="Keep the adversarial images.")] = None,
+    json: Json = False,
+) -> None:
+    """Attack exported files in their own runtimes and say whether the robustness survived."""
+    from edgekit import verdict, verifier
+
+    document = verifier.verify(
+        what,
+        attack=attack,
+        samples=samples,
+        epsilon=epsilon,
+        norm=norm,
+        tolerance=tolerance / 100,
+        clean_tolerance=clean_tolerance / 100,
+        at_least=None if at_least is None else at_least / 100,
+        seed=seed,
+        save_adversarial=save_adversarial,
+    )
+    if json:
+        _print_json(document)
+    else:
+        from rich.console import Console
+
+        from edgekit.report import terminal
+
+        Console().print(terminal.to_table(verdict.from_dict(document)))
+    raise typer.Exit(0 if document["passed"] else verdict.EXIT[document["verdict"]])
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    console.print(
+        f"edgekit: {printable(message)}", markup=False, soft_wrap=True, style="bold red" if code != 130 else None
+    )
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command line; every expected fault ends in one sentence and the exit code that CLI.md gives it."""
+    try:
+        code = app(standalone_mode=False)  # not standalone, so that faults reach the clauses below; Exit is returned
+        sys.exit(code if isinstance(code, int) else 0)
+    except EdgekitError as error:
+        _leave(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _leave("interrupted", 130)
+    except MemoryError:
+        _leave("out of memory", ENVIRONMENT)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        _leave(f"{error.filename or 'the disk'}: {error.strerror}", ENVIRONMENT)
+    except Exception as error:
+        if (shown := getattr(error, "format_message", None)) is None:
+            raise
+        _leave(f"{shown()} Try: edgekit --help", 2)  # the parser's own usage errors

@@ -1,0 +1,29 @@
+"""What people see: everything goes to stderr, so that stdout stays free for `--json` and for results."""
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from edgekit.errors import printable
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(text: object) -> None:
+    """One line to stderr; names in it can neither style it nor move the cursor."""
+    console.print(printable(text), markup=False, soft_wrap=True)
+
+
+def progress() -> Progress:
+    """A progress bar with ETA; where stderr is no terminal it stays silent, and `say` marks the milestones."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        disable=not sys.stderr.isatty(),
+    )

@@ -1,0 +1,141 @@
+"""ONNX: written by torch's dynamo exporter, run by ONNX Runtime. `model.onnx`, dynamic batch, NCHW, float32."""
+
+import collections
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from edgekit.classifier import Classifier, Wrapped
+from edgekit.errors import EdgekitError
+from edgekit.models import Network
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+FILE = "model.onnx"
+
+
+def lower(network: Network) -> "ModelProto":
+    """The network as an fp32 ONNX graph; the exporter folds batch normalization into the convolutions."""
+    example = torch.zeros(2, *network.input_shape)
+    noise = logging.getLogger("torch.onnx")
+    level, noise.level = noise.level, logging.ERROR
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network.eval(),
+                (example,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        noise.level = level
+    if program is None:
+        raise EdgekitError("torch's ONNX exporter returned nothing for this student")
+    model = program.model_proto
+    # The exporter notes where in the Python sources each node came from: paths of this machine.
+    for item in (
+        *model.graph.node,
+        *model.graph.value_info,
+        *model.graph.input,
+        *model.graph.output,
+        model.graph,
+        model,
+    ):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    return model
+
+
+def write(network: Network, folder: Path, metadata: dict[str, str]) -> None:
+    """Write the fp32 file into `folder`."""
+    write_model(lower(network), folder, metadata)
+
+
+def write_model(model: "ModelProto", folder: Path, metadata: dict[str, str]) -> None:
+    """Check an ONNX graph, put `metadata` into it and write it into `folder`."""
+    import onnx
+
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
+    model.producer_name, model.producer_version = "edgekit", metadata.get("edgekit", "")
+    onnx.checker.check_model(model, full_check=True)
+    (folder / FILE).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def open(path: Path, *, threads: int | None = None, precise: bool = False) -> Classifier:
+    """The file in ONNX Runtime on the CPU.
+
+    Args:
+        threads: of one inference; None is the runtime's own choice.
+        precise: 8-bit products never saturate (session.x64quantprecision), whatever the processor.
+    Returns:
+        Classifier: (N, C, H, W) float32 in [0, 1] on any device -> (N, K) float32 logits there; no gradients.
+    Raises:
+        EdgekitError: ONNX Runtime does not take the file.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    # Spinning threads keep a core busy while torch makes the next gradient on it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if precise:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own classes have no common base but this
+        raise EdgekitError(
+            f"ONNX Runtime does not take the file ({str(error).splitlines()[0][:200]})", where=path
+        ) from None
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> Tensor:
+        pixels = numpy.ascontiguousarray(images.detach().to("cpu", torch.float32).numpy())
+        return torch.from_numpy(session.run(None, {name: pixels})[0]).to(images.device)
+
+    return Wrapped(run, differentiable=False)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What the file itself holds: operators by precision, bytes, input, metadata.
+
+    Raises:
+        EdgekitError: the file is no ONNX model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+        first = model.graph.input[0]
+    except (DecodeError, IndexError):
+        raise EdgekitError("not an ONNX file", where=path) from None
+    quantized = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    operators: dict[str, collections.Counter[str]] = {"int8": collections.Counter(), "float": collections.Counter()}
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            # By its first input; a node with none (a Constant) holds floats.
+            operators["int8" if quantized.intersection(node.input[:1]) else "float"][node.op_type] += 1
+    shape = [d.dim_param or d.dim_value for d in first.type.tensor_type.shape.dim]
+    return {
+        "format": "onnx",
+        "bytes": path.stat().st_size,
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "operators": {precision: dict(sorted(count.items())) for precision, count in operators.items() if count},
+        "input": {"name": first.name, "shape": shape},
+        "metadata": {entry.key: entry.value for entry in model.metadata_props},
+    }

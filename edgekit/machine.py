@@ -1,0 +1,99 @@
+"""This machine: its processor, its device, and the number of threads that is fastest here."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from edgekit.errors import ENVIRONMENT, EdgekitError
+from edgekit.files import cache_folder, write_json
+
+# What decides how 8-bit products are summed (SATURATION), best first; named as /proc/cpuinfo names them.
+_INT8 = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "sse4_1", "asimddp", "asimd")
+
+
+def _cpuinfo(key: str) -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
+
+
+def processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def int8_instructions() -> str:
+    """The widest instruction set for 8-bit arithmetic here, or "unknown"."""
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return next((name for name in _INT8 if name in flags), "unknown")
+
+
+def family() -> str:
+    return {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device(name: str | None) -> torch.device:
+    """The device asked for, else the first GPU, else the CPU.
+
+    Raises:
+        EdgekitError: (exit code 4) the device is not there; (2) the name is no device.
+    """
+    if name is None:
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        chosen = torch.device(name)
+        torch.zeros(1, device=chosen)
+    except RuntimeError as error:
+        known = name.split(":")[0] in ("cuda", "mps", "cpu", "xpu")
+        mend = "Run without --device to use the CPU" if known else "Known: cpu, cuda, cuda:0, mps"
+        code = ENVIRONMENT if known else 2
+        raise EdgekitError(
+            f"the device cannot be used ({str(error).splitlines()[0]})",
+            where=f"--device {name}",
+            mend=mend,
+            exit_code=code,
+        ) from None
+    except AssertionError as error:  # a build of torch without CUDA says it so
+        raise EdgekitError(
+            f"the device cannot be used ({error})", where=f"--device {name}", exit_code=ENVIRONMENT
+        ) from None
+    return chosen
+
+
+def threads(key: str, work: Callable[[], object]) -> int:
+    """The number of torch threads with which `work` is fastest, measured once a machine and `key`, then remembered.
+
+    Two busy shared cores can be slower than one (FACTS), so nothing is assumed. The answer is kept in the cache folder:
+    the sums of a convolution depend on it in the last bit, and the same recipe must give the same weights again.
+    """
+    place = cache_folder() / "threads.json"
+    name = f"{processor()}, {cores()} cores, torch {torch.__version__}, {key}"
+    try:
+        known = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if name not in known:
+        candidates = sorted({1, max(1, cores() // 2), cores()})
+        seconds: dict[int, list[float]] = {count: [] for count in candidates}
+        for _ in range(4):  # interleaved, so that a busy neighbour slows all candidates alike; the first round warms up
+            for count in candidates:
+                torch.set_num_threads(count)
+                begin = time.perf_counter()
+                work()
+                seconds[count].append(time.perf_counter() - begin)
+        # More threads must earn their place: within a tenth the smaller number wins.
+        best = min(statistics.median(times[1:]) for times in seconds.values())
+        known[name] = next(count for count in candidates if statistics.median(seconds[count][1:]) <= 1.1 * best)
+        write_json(place, known)
+    return known[name]

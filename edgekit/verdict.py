@@ -1,0 +1,487 @@
+"""The Verdict: what an attack on the exported files showed, and the rules that turn it into one word (CLI.md).
+
+`accuracy` and `compare` make figures from what each sample did, `judged` and `not_run` make the verdict on one file,
+`summarize` the whole document. `to_dict` is verdict.json and what `--json` prints; `from_dict` reads it back.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from edgekit import __version__, statistics
+from edgekit.errors import EdgekitError
+from edgekit.statistics import CONFIDENCE, points
+
+SCHEMA = 1
+EXIT = {"survived": 0, "measured": 0, "lost": 1, "inconclusive": 3, "not_run": 3}
+WORST_FIRST = ("lost", "inconclusive", "not_run", "measured", "survived")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A fraction of all samples drawn, with its Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """Artifact minus float on the same samples, with Tango's interval; p_value is McNemar's, and decides nothing."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    only_float: int  # samples that only the float student gets right
+    only_artifact: int
+
+
+@dataclass(frozen=True)
+class Changes:
+    clean: Change
+    robust: Change
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """One attack: accuracy under the worst of its sources for each sample, and under each source alone."""
+
+    name: str
+    robust_accuracy: float
+    sources: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Twin:
+    """How faithfully the differentiable copy answers: agreement of the decisions, largest difference of the logits."""
+
+    agreement: float
+    max_abs_difference: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """A test of the attack itself; where it fails, robust accuracy is not to be believed."""
+
+    name: str
+    passed: bool
+    value: float
+    why: str
+
+
+@dataclass(frozen=True)
+class FloatStudent:
+    """The float student under its own gradients."""
+
+    clean_accuracy: Accuracy
+    robust_accuracy: Accuracy
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str
+    split: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    cpu: str
+    int8_instructions: str
+    runtimes: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactVerdict:
+    """The verdict on one exported file; what does not apply to it is None, and absent from the JSON."""
+
+    name: str
+    format: str
+    precision: str
+    file: str  # relative to the run
+    bytes: int
+    sha256: str
+    clean_accuracy: Accuracy | None = None
+    robust_accuracy: Accuracy | None = None
+    float_robust_accuracy: Accuracy | None = None
+    attacks: tuple[AttackResult, ...] = ()
+    change: Changes | None = None
+    agreement: float | None = None
+    twin: Twin | None = None
+    checks: tuple[Check, ...] = ()
+    judged_on: str | None = None
+    verdict: str
+    why: str
+    command: str | None = None  # of a file that cannot run here: what judges it on its device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The document of `verify --json`, field by field."""
+
+    schema: int = SCHEMA
+    edgekit: str = __version__
+    verdict: str
+    passed: bool
+    attacks: tuple[str, ...]
+    norm: str
+    epsilon: float
+    samples: int
+    seed: int
+    tolerance: float
+    clean_tolerance: float
+    at_least: float | None = None
+    confidence: float
+    looks: int = 1
+    data: Data
+    machine: Machine
+    float: FloatStudent | None = None
+    artifacts: tuple[ArtifactVerdict, ...]
+    report: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.passed else EXIT[self.verdict]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What was asked for before anything was measured; all fractions.
+
+    `at_least` is the robust accuracy that a file must reach, None where nothing was asked.
+    """
+
+    tolerance: float = 0.02
+    clean_tolerance: float = 0.02
+    at_least: float | None = None
+    confidence: float = CONFIDENCE
+
+
+def accuracy(right: Sequence[bool] | Any, confidence: float = CONFIDENCE) -> Accuracy:
+    """The share of samples answered rightly; `right` (N,) bool, any array or sequence.
+
+    Raises:
+        EdgekitError: there are no samples.
+    """
+    answers = _booleans(right)
+    count = int(answers.sum())
+    return Accuracy(count / len(answers), *statistics.wilson(count, len(answers), confidence))
+
+
+def compare(
+    float_right: Sequence[bool] | Any, artifact_right: Sequence[bool] | Any, confidence: float = CONFIDENCE
+) -> Change:
+    """The paired change, artifact minus float; both (N,) bool over the same samples in the same order.
+
+    Raises:
+        EdgekitError: the two lengths differ, or there are no samples.
+    """
+    float_answers, answers = _booleans(float_right), _booleans(artifact_right)
+    if len(float_answers) != len(answers):
+        raise EdgekitError(f"{len(float_answers)} answers cannot be paired with {len(answers)}")
+    only_float, only_artifact = int((float_answers & ~answers).sum()), int((~float_answers & answers).sum())
+    low, high = statistics.tango(only_float, only_artifact, len(answers), confidence)
+    p_value = statistics.mcnemar(only_float, only_artifact)
+    return Change((only_artifact - only_float) / len(answers), low, high, p_value, only_float, only_artifact)
+
+
+def _booleans(right: Any) -> Any:
+    import numpy as np
+
+    answers = np.asarray(right, dtype=bool)
+    if answers.ndim != 1 or not len(answers):
+        raise EdgekitError("there are no samples to judge")
+    return answers
+
+
+def decide(
+    rules: Rules,
+    robust_accuracy: Accuracy,
+    *,
+    float_robust_accuracy: Accuracy | None = None,
+    change: Changes | None = None,
+    samples: int,
+    checks: Iterable[Check] = (),
+    undecidable: str | None = None,
+) -> tuple[str, str]:
+    """The verdict on one file and the sentence that says why.
+
+    Args:
+        float_robust_accuracy, change: against the float student; both None for a file that has none beside it.
+        undecidable: why this data cannot decide, where the caller knows that it cannot.
+    """
+    findings: list[tuple[str, str]] = []
+    if change is not None:
+        findings.append(_against_float(rules, change, samples))
+    if rules.at_least is not None:
+        findings.append(_against_floor(rules.at_least, robust_accuracy))
+    if not findings:
+        robust = (
+            f"robust accuracy is {_percent(robust_accuracy)}; no float student and no --at-least to hold it against"
+        )
+        findings.append(("measured", robust))
+    verdict = worst(name for name, _ in findings)
+    why = "; ".join(sentence for name, sentence in findings if name == verdict)
+    doubts = [f"the check {check.name} failed ({check.why})" for check in checks if not check.passed]
+    if undecidable:
+        doubts.append(undecidable)
+    if float_robust_accuracy is not None and float_robust_accuracy.low <= rules.tolerance:
+        doubts.append(
+            f"the float student has no robustness to lose: {_percent(float_robust_accuracy)}, "
+            f"whose low end is not above the {points(rules.tolerance)} allowed"
+        )
+    # A loss of clean accuracy was found without any attack: no doubt about the attack takes it back.
+    clean_lost = change is not None and change.clean.high < -rules.clean_tolerance
+    if doubts and not clean_lost:
+        return "inconclusive", "; ".join(doubts)
+    return verdict, "; ".join([why, *doubts])
+
+
+def _against_float(rules: Rules, change: Changes, samples: int) -> tuple[str, str]:
+    compared = (("robust", change.robust, rules.tolerance), ("clean", change.clean, rules.clean_tolerance))
+    lost = [
+        _said(*row) + f": all of the interval is beyond {_allowed(row)}" for row in compared if row[1].high < -row[2]
+    ]
+    if lost:
+        return "lost", "; ".join(lost)
+    open_ends = [
+        _said(*row) + f": the interval holds losses within {_allowed(row)} and beyond"
+        for row in compared
+        if row[1].low < -row[2]
+    ]
+    if open_ends:
+        strictest = min(rules.tolerance, rules.clean_tolerance)
+        if samples < statistics.fewest(strictest, rules.confidence):
+            within = f"within {points(strictest)} of a file that changes no answer"
+            open_ends.append(f"{samples:,} samples are too few to say 'survived' {within}")
+        return "inconclusive", "; ".join(open_ends)
+    return "survived", "; ".join(_said(*row) + f", within {_allowed(row)}" for row in compared)
+
+
+def _against_floor(at_least: float, robust: Accuracy) -> tuple[str, str]:
+    said, asked = f"robust accuracy is {_percent(robust)}", f"the {100 * at_least:.4g} % asked for"
+    if robust.low >= at_least:
+        return "survived", f"{said}: its low end reaches {asked}"
+    if robust.high < at_least:
+        return "lost", f"{said}: its high end stays below {asked}"
+    return "inconclusive", f"{said}: the interval reaches below {asked} and above"
+
+
+def _said(kind: str, change: Change, _: float) -> str:
+    ends = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
+    return f"{kind} accuracy changed by {100 * change.value:+.1f} points ({ends})"
+
+
+def _allowed(row: tuple[str, Change, float]) -> str:
+    return f"the {points(row[2])} allowed"
+
+
+def _percent(share: Accuracy) -> str:
+    return f"{100 * share.value:.1f} % ({100 * share.low:.1f} to {100 * share.high:.1f})"
+
+
+def judged(
+    rules: Rules,
+    clean_right: Sequence[bool] | Any,
+    robust_right: Sequence[bool] | Any,
+    *,
+    name: str,
+    format: str,
+    precision: str,
+    file: str,
+    bytes: int,
+    sha256: str,
+    attacks: Iterable[AttackResult],
+    judged_on: str,
+    float_clean_right: Sequence[bool] | Any | None = None,
+    float_robust_right: Sequence[bool] | Any | None = None,
+    agreement: float | None = None,
+    twin: Twin | None = None,
+    checks: Iterable[Check] = (),
+    undecidable: str | None = None,
+) -> ArtifactVerdict:
+    """The verdict on one file from what each sample did; every array (N,) bool over the same samples.
+
+    Args:
+        clean_right, robust_right: the file's answer is right on the clean image; right under every attack and source.
+        float_clean_right, float_robust_right: the same of the float student, under every (attack, source, seed,
+            restart) that the file faced; both None for a file that has no student beside it.
+    A sample that is wrong when clean counts as not robust, whatever the attack says.
+    """
+    clean = _booleans(clean_right)
+    robust = clean & _booleans(robust_right)
+    float_accuracy = change = None
+    if float_clean_right is not None and float_robust_right is not None:
+        float_clean = _booleans(float_clean_right)
+        float_robust = float_clean & _booleans(float_robust_right)
+        float_accuracy = accuracy(float_robust, rules.confidence)
+        change = Changes(compare(float_clean, clean, rules.confidence), compare(float_robust, robust, rules.confidence))
+    robust_accuracy, checks = accuracy(robust, rules.confidence), tuple(checks)
+    verdict, why = decide(
+        rules,
+        robust_accuracy,
+        float_robust_accuracy=float_accuracy,
+        change=change,
+        samples=len(clean),
+        checks=checks,
+        undecidable=undecidable,
+    )
+    return ArtifactVerdict(
+        name=name,
+        format=format,
+        precision=precision,
+        file=file,
+        bytes=bytes,
+        sha256=sha256,
+        clean_accuracy=accuracy(clean, rules.confidence),
+        robust_accuracy=robust_accuracy,
+        float_robust_accuracy=float_accuracy,
+        attacks=tuple(attacks),
+        change=change,
+        agreement=agreement,
+        twin=twin,
+        checks=checks,
+        judged_on=judged_on,
+        verdict=verdict,
+        why=why,
+    )
+
+
+def not_run(
+    *,
+    name: str,
+    format: str,
+    precision: str,
+    file: str,
+    bytes: int,
+    sha256: str,
+    why: str,
+    command: str | None = None,
+) -> ArtifactVerdict:
+    """The verdict on a file that cannot run here: the reason, and the command that judges it where it can."""
+    return ArtifactVerdict(
+        name=name,
+        format=format,
+        precision=precision,
+        file=file,
+        bytes=bytes,
+        sha256=sha256,
+        verdict="not_run",
+        why=why,
+        command=command,
+    )
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """The worst of some verdicts: lost, inconclusive, not_run, measured, survived.
+
+    Raises:
+        EdgekitError: there are none, or one is no verdict.
+    """
+    found = set(verdicts)
+    if not found or not found <= set(WORST_FIRST):
+        raise EdgekitError(f"no verdict can be taken from {sorted(found)}")
+    return next(name for name in WORST_FIRST if name in found)
+
+
+def summarize(
+    rules: Rules,
+    artifacts: Sequence[ArtifactVerdict],
+    *,
+    attacks: Iterable[str],
+    norm: str,
+    epsilon: float,
+    samples: int,
+    seed: int,
+    data: Data,
+    machine: Machine,
+    float_student: FloatStudent | None = None,
+    looks: int = 1,
+    report: str | None = None,
+    skip_unavailable: bool = False,
+) -> Verdict:
+    """The whole document: the run's verdict is the worst of its artifacts'.
+
+    Args:
+        skip_unavailable: files that could not run do not make the run fail, as long as one did run.
+    """
+    counted = [one.verdict for one in artifacts if not (skip_unavailable and one.verdict == "not_run")]
+    return Verdict(
+        verdict=worst(one.verdict for one in artifacts),
+        passed=bool(counted) and EXIT[worst(counted)] == 0,
+        attacks=tuple(attacks),
+        norm=norm,
+        epsilon=epsilon,
+        samples=samples,
+        seed=seed,
+        tolerance=rules.tolerance,
+        clean_tolerance=rules.clean_tolerance,
+        at_least=rules.at_least,
+        confidence=rules.confidence,
+        looks=looks,
+        data=data,
+        machine=machine,
+        float=float_student,
+        artifacts=tuple(artifacts),
+        report=report,
+    )
+
+
+def to_dict(value: Any) -> Any:
+    """A Verdict, or any part of it, as plain JSON values: same names, same order, what is None left out."""
+    if dataclasses.is_dataclass(value):
+        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {name: to_dict(item) for name, item in pairs if item is not None}
+    if isinstance(value, Mapping):
+        return {name: to_dict(item) for name, item in value.items()}
+    return [to_dict(item) for item in value] if isinstance(value, tuple) else value
+
+
+def from_dict(document: Any, *, where: object = None) -> Verdict:
+    """Read what `to_dict` wrote; fields that a later edgekit added are passed over.
+
+    Raises:
+        EdgekitError: it is no verdict.json of this schema.
+    """
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise EdgekitError(f"not a verdict.json of schema {SCHEMA}", where=where)
+    try:
+        verdict = _read(Verdict, document, "")
+    except ValueError as error:
+        raise EdgekitError(f"not a valid verdict.json: {error}", where=where) from None
+    for one in (verdict, *verdict.artifacts):
+        if one.verdict not in EXIT:
+            raise EdgekitError(f"not a valid verdict.json: there is no verdict '{one.verdict}'", where=where)
+    return verdict
+
+
+def _read(kind: Any, value: Any, place: str) -> Any:
+    """`value` as the annotated type `kind`; ValueError names the place that does not fit."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:  # X | None, and None is never written
+        return _read(arguments[0], value, place)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        fields = [field for field in dataclasses.fields(kind) if field.name in value]
+        required = (field for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING)
+        if missing := [field.name for field in required if field.name not in value]:
+            raise ValueError(f"{place or 'it'} has no {missing[0]}")
+        read = {field.name: _read(hints[field.name], value[field.name], f"{place}.{field.name}") for field in fields}
+        return typing.cast(Any, kind)(**read)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(arguments[0], item, f"{place}[{place_in_list}]") for place_in_list, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {name: _read(arguments[1], item, f"{place}.{name}") for name, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise ValueError(f"{place.lstrip('.')} is not what it should be")

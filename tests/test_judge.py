@@ -1,0 +1,29 @@
+"""The words for where a file was judged."""
+
+import re
+from pathlib import Path
+
+import onnxruntime
+import torch
+
+from edgekit import judge
+from edgekit.formats import FORMATS
+
+TORCH = torch.__version__.partition("+")[0]  # which build it is stands in no verdict
+
+
+def test_where_it_was_judged_is_said_as_the_contract_says():
+    for format in FORMATS:
+        assert re.fullmatch(r"\S+ \S+, (onnxruntime|torch) \d+\.\d+\S*", judge.judged_on(format))
+    assert judge.judged_on("onnx").endswith(f", onnxruntime {onnxruntime.__version__}")
+    assert judge.runtime("torchscript") == f"torch {TORCH}"
+
+
+def test_the_machine_block_names_what_this_machine_has():
+    block = judge.machine_block()
+    assert set(block) == {"cpu", "int8_instructions", "runtimes"}
+    assert block["runtimes"] == {"onnxruntime": onnxruntime.__version__, "torch": TORCH}
+    assert block["cpu"]
+    if (path := Path("/proc/cpuinfo")).is_file() and block["int8_instructions"] != "unknown":
+        assert block["int8_instructions"] in path.read_text().split()
+    assert block["int8_instructions"] in judge.judged_on("onnx")

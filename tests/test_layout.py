@@ -1,0 +1,46 @@
+"""The house: imports run one way, and what must be fast loads nothing slow."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import edgekit
+
+ROOT = Path(edgekit.__file__).parent
+# From the top of the house to the bottom: a module may import from below its own line only.
+FLOORS = [
+    "__main__", "cli", "exporter", "quantize", "train", "verifier", "report", "methods", "attacks", "twin", "judge",
+    "formats", "models", "data", "artifact", "verdict", "statistics", "runs", "recipe", "machine", "console", "shipped",
+    "classifier", "randomness", "files", "errors",
+]  # fmt: skip
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        here = room(path)
+        if here == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "edgekit":
+                names = [node.module] if node.module != "edgekit" else [f"edgekit.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names if alias.name.startswith("edgekit.")]
+            for name in names:
+                there = (name or "").split(".")[1]
+                if there in FLOORS and there != here and FLOORS.index(there) < FLOORS.index(here):
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+    assert {room(path) for path in ROOT.rglob("*.py")} <= {*FLOORS, "__init__"}
+
+
+def test_importing_edgekit_and_its_commands_loads_nothing_slow():
+    slow = ["torch", "onnx", "onnxruntime", "scipy", "numpy", "matplotlib", "pydantic", "PIL", "sklearn"]
+    code = f"import sys, edgekit, edgekit.cli; print([name for name in {slow} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
