@@ -23,6 +23,7 @@ from edgekit.files import cache_folder, digest, sha256, write_text, writing
 from edgekit.methods import METHODS
 from edgekit.methods.inner import Inner
 from edgekit.models import Network
+from edgekit.models.fold import fold
 from edgekit.randomness import derive
 from edgekit.recipe import Recipe, Train, read, split_override, to_toml
 from edgekit.report import curves
@@ -179,7 +180,7 @@ def fit(
     layout = torch.channels_last if train.channels_last else torch.contiguous_format
     student = student.to(accelerator.device).to(memory_format=layout)
     if teacher is not None:
-        teacher = teacher.to(accelerator.device).to(memory_format=layout).eval()
+        teacher = fold(teacher.to(accelerator.device).to(memory_format=layout).eval())
     decayed = [parameter for parameter in student.parameters()]
     optimizer = torch.optim.SGD(decayed, train.learning_rate, train.momentum, weight_decay=train.weight_decay)
     info = run.info() or {"threads": _threads(recipe, student, dataset, accelerator.device)}
@@ -302,18 +303,18 @@ def _threads(recipe: Recipe, student: Network, dataset: Dataset, device: torch.d
 
 def _validate(student: Network, split: Split, recipe: Recipe) -> dict[str, float]:
     """Clean accuracy, and robust accuracy under PGD with the recipe's epsilon and a quarter of it as step."""
-    student.eval()
+    answering = fold(student.eval())
     clean = robust = 0
     for start in range(0, len(split), 250):
         chunk = split[slice(start, start + 250)]
         images = chunk.floats()
         with torch.no_grad():
-            clean += int((student(images).argmax(1) == chunk.labels).sum())
+            clean += int((answering(images).argmax(1) == chunk.labels).sum())
         seeds = derive(recipe.seed, _VALIDATE, samples=chunk.index)
         epsilon = recipe.inner.epsilon
         _, fooled = pgd(
-            student,
-            student,
+            answering,
+            answering,
             images,
             chunk.labels,
             seeds=seeds,

@@ -32,8 +32,9 @@ class Inner:
         Args:
             spread: start uniformly in the ball (Madry et al.), not 0.001 of a standard normal from its centre (TRADES).
         """
-        # In eval mode: batch statistics must neither leak between samples nor be moved by the attack.
-        attacked = fold(student)
+        # In eval mode: batch statistics must neither leak between samples nor be moved by the attack. The student as
+        # well as its view: a user's module may hold a layer in a list, where no view replaces it.
+        training, attacked = student.training, fold(student.eval())
         low, high = (images - self.epsilon).clamp(min=0), (images + self.epsilon).clamp(max=1)
         start = uniform(seeds, images, -self.epsilon, self.epsilon) if spread else 0.001 * normal(seeds, images)
         x = torch.minimum(torch.maximum(images + start, low), high)
@@ -42,6 +43,7 @@ class Inner:
             (gradient,) = torch.autograd.grad(loss(attacked(x)).sum(), x)
             x = x.detach() + self.step_size * gradient.sign()
             x = torch.minimum(torch.maximum(x, low), high)
+        student.train(training)
         return x.detach()
 
 

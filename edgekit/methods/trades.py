@@ -13,7 +13,8 @@ def trades(
 ) -> Tensor:
     """Loss of each sample (N,): cross-entropy on the clean image + beta KL(clean || adversarial prediction)."""
     with torch.no_grad():
-        anchor = fold(student)(images).log_softmax(1)
+        anchor = fold(student.eval())(images).log_softmax(1)
+    student.train()
     adversarial = inner(student, images, lambda logits: divergence(logits.log_softmax(1), anchor).sum(1), seeds)
     clean = student(images)
     # The gradient flows through both predictions, as in the paper.

@@ -3,16 +3,22 @@
 Jacob et al., CVPR 2018, arXiv:1712.05877, section 3.2: w' = w * gamma / sigma, b' = beta + (b - mu) * gamma / sigma.
 """
 
+from itertools import pairwise
+from typing import TypeVar
+
 import torch
 from torch import nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def fold(network: nn.Module) -> nn.Module:
+
+def fold(network: Module) -> Module:
     """A frozen eval-mode view of `network`, which is left as it is.
 
     A convolution directly before a batch normalization in one nn.Sequential becomes one convolution; everything else is
     shared with `network`, so that making a view costs about a thousandth of a pass. It holds the weights of this
-    moment: after an optimizer step another one is needed. Answers differ in the last bits only.
+    moment: after an optimizer step another one is needed. Answers differ in the last bits only; but what lies between
+    the two is gone, for a module that reaches into its nn.Sequential.
     """
     # Mixed precision replaces `forward` on the instance, bound to the network itself; a view runs its class's own.
     view = _view(network)
@@ -20,17 +26,18 @@ def fold(network: nn.Module) -> nn.Module:
     return view
 
 
-def _view(module: nn.Module) -> nn.Module:
+def _view(module: Module) -> Module:
     view = module.__class__.__new__(module.__class__)
     view.__dict__ = module.__dict__ | {"training": False}
     children = {name: None if child is None else _view(child) for name, child in module._modules.items()}
     if type(module) is nn.Sequential:
-        names = list(children)
-        for first, second in zip(names, names[1:], strict=False):
+        for first, second in pairwise(list(children)):
             convolution, normalization = module._modules[first], module._modules[second]
-            if type(convolution) is nn.Conv2d and type(normalization) is nn.BatchNorm2d and _fixed(normalization):
+            if not (type(convolution) is nn.Conv2d and type(normalization) is nn.BatchNorm2d):
+                continue
+            if _fixed(normalization) and not (_hooked(convolution) or _hooked(normalization)):
                 children[first] = _merged(convolution, normalization)
-                children[second] = nn.Identity()
+                children[second] = nn.Identity().eval()
     view.__dict__["_modules"] = children
     frozen = {name: None if value is None else value.detach() for name, value in module._parameters.items()}
     view.__dict__["_parameters"] = frozen
@@ -39,6 +46,11 @@ def _view(module: nn.Module) -> nn.Module:
 
 def _fixed(normalization: nn.BatchNorm2d) -> bool:
     return normalization.running_mean is not None and normalization.running_var is not None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its class says, as weight normalization by hooks does."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 @torch.no_grad()

@@ -144,3 +144,27 @@ def test_inner_climbs_stays_in_the_ball_and_leaves_the_student_alone():
     assert INNER(
         student, IMAGES[2:3], lambda logits: cross_entropy(logits, LABELS[2:3]), SEEDS[2:3], spread=True
     ).allclose(found[2:3], atol=1e-6)
+
+
+def test_a_layer_that_no_view_can_replace_is_attacked_in_eval_mode_too():
+    class Holder(nn.Module):
+        """Its normalization is a registered child and is called through a list."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.normalize, self.classify = nn.BatchNorm2d(2), nn.Sequential(nn.Flatten(), nn.Linear(18, 4))
+            self.path = [self.normalize, self.classify]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.path:
+                x = part(x)
+            return x
+
+    for method in (sat, trades):
+        student = Holder().train()
+        seen = []
+        student.normalize.register_forward_hook(lambda part, inputs, output, seen=seen: seen.append(part.training))
+        method(student, None, IMAGES, LABELS, inner=INNER, seeds=SEEDS).mean().backward()
+        attacked = INNER.steps + (method is trades)
+        assert seen == [False] * attacked + [True] * (len(seen) - attacked)
+        assert student.normalize.training
