@@ -1,6 +1,7 @@
 """Files that are either whole or absent: written beside their place, then renamed into it."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,11 @@ from typing import Any
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
+    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
+
+    Raises:
+        OSError: also where a writer in another language has an error of its own for a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
@@ -24,6 +29,10 @@ def writing(path: Path) -> Iterator[Path]:
         with part.open("rb+") as written:
             os.fsync(written.fileno())
         part.replace(path)
+    except Exception as error:
+        if f"os error {errno.ENOSPC}" in str(error):  # as Rust's standard library says it, and safetensors repeats it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
 

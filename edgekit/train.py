@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import json
 import math
 import time
@@ -337,8 +338,11 @@ def _save_checkpoint(
         "best": best,
         "data": data_sha256,
     }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with writing(run.checkpoint) as part:
-        torch.save(state, part)
+        # Through memory: torch's own writer reports a full disk, now and then, as a fault of its archive.
+        part.write_bytes(buffer.getbuffer())
     # After the checkpoint and out of it: a kill between the two writes loses a line that the next epoch writes again.
     write_text(run.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
