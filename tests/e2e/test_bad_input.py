@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commandline import TINY, command
+from PIL import Image
 
 
 def refused(done, code: int, *said: str) -> None:
@@ -43,8 +44,6 @@ def test_teachers(tmp_path: Path, workplace: Path):
     refused(command("distill", recipe, cwd=tmp_path), 2, "bomb.pt", "not a valid safetensors file")
     assert not (tmp_path / "exploded").exists()
     for name in ("ant", "bee"):
-        from PIL import Image
-
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(30):
             Image.effect_noise((8, 8), 20 + number).save(tmp_path / "photos" / name / f"{number}.png")
@@ -53,6 +52,24 @@ def test_teachers(tmp_path: Path, workplace: Path):
         TINY.replace('"sat"', '"rslad"').replace('"digits"', '"photos"') + f'\n[teacher]\nweights = "{teacher}"\n'
     )
     refused(command("distill", recipe, cwd=tmp_path), 2, "the teacher knows 10 classes, the data has 2")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_folders(tmp_path: Path):
+    recipe, photos = tmp_path / "photos.toml", tmp_path / "photos"
+    recipe.write_text(TINY.replace('"digits"', '"photos"'))
+    photos.mkdir()
+    refused(command("distill", recipe, cwd=tmp_path), 2, "photos: there are no images", "train/CLASS/*.jpg")
+    (photos / "ant").mkdir()
+    for number in range(30):
+        Image.effect_noise((8, 8), 20 + number).save(photos / "ant" / f"{number:02}.jpg")
+    refused(command("distill", recipe, cwd=tmp_path), 2, "photos: there is only one class", "two folders or more")
+    shutil.copytree(photos / "ant", photos / "bee")
+    broken = photos / "bee" / "07.jpg"
+    broken.write_bytes(broken.read_bytes()[:-40])
+    cache = tmp_path / "cache"
+    refused(command("distill", recipe, cwd=tmp_path, EDGEKIT_CACHE=str(cache)), 2, "bee/07.jpg: a broken image")
+    assert not [path for path in cache.rglob("*") if path.is_file()]
     assert not (tmp_path / "runs").exists()
 
 
