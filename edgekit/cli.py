@@ -2,6 +2,7 @@
 
 import errno
 import json as jsonlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -157,6 +158,10 @@ def _leave(message: str, code: int) -> NoReturn:
 
 def main() -> None:
     """Run the command line; every expected fault ends in one sentence and the exit code that CLI.md gives it."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # How long the threads of libgomp spin for their next piece of work, read when torch is loaded. By default they
+        # spin so long that busy cores do little else. Measured: benchmarks/spin.py.
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         code = app(standalone_mode=False)  # not standalone, so that faults reach the clauses below; Exit is returned
         sys.exit(code if isinstance(code, int) else 0)
