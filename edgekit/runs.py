@@ -115,7 +115,8 @@ def latest() -> Run:
         raise EdgekitError(
             "there is no finished run here yet", where=ROOT, mend="Run: edgekit distill recipes/mobilenet.toml"
         )
-    return Run(folder.resolve() if link.is_symlink() else folder)
+    # Under its own name, which does not move with the link, and relative, as people read it in what is printed.
+    return Run(ROOT / link.readlink() if link.is_symlink() else folder)
 
 
 def find(folder: str | Path | None) -> Run:
