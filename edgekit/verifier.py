@@ -187,9 +187,8 @@ def _examine_all(
 
             def advance(attack: Attack, samples: int) -> None:
                 if attack.name not in tasks:
-                    tasks[attack.name] = bar.add_task(
-                        f"{name}, {attack.name}", total=sources * len(trial.labels), note=""
-                    )
+                    total = (sources if attack.gradients else 1) * len(trial.labels)
+                    tasks[attack.name] = bar.add_task(f"{name}, {attack.name}", total=total, note="")
                 bar.update(tasks[attack.name], advance=samples)
 
             return advance
@@ -250,8 +249,11 @@ def examine(
     if not outcome.clean.isfinite().all():
         raise EdgekitError("the file answers with infinities, or with numbers that are none", where=subject.file)
     float_robust = own.robust
-    if subject.twin:
-        under_twin = trial.run(student, {"twin": subject.twin}, watch(f"float student under {subject.name}'s twin", 1))
+    following = tuple(attack for attack in trial.attacks if attack.gradients)
+    if subject.twin and following:  # the other attacks follow no source: `own` holds all that they can do
+        under_twin = replace(trial, attacks=following).run(
+            student, {"twin": subject.twin}, watch(f"float student under {subject.name}'s twin", 1)
+        )
         float_robust = float_robust & under_twin.robust
     opened_again = one_by_one_where_needed(subject.open(), trial.images)
     replayed = predict(opened_again, outcome.adversarial, CHUNK)

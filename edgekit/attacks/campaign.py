@@ -13,6 +13,8 @@ from edgekit.randomness import derive
 
 CHUNK = 250  # samples that are attacked together; fixed, so that a result depends on the seed and on nothing else
 
+SCORES = "scores"  # the source of an attack that follows no gradient: what the judge answers
+
 _ROBUST, _CLEAN = -1, -2  # in `winner`; any other number counts the pairs (attack, source)
 
 
@@ -69,7 +71,7 @@ def confront(
         labels: (N,) int64, the true classes.
         index: (N,) int64, each sample's place in the data: start r of sample i is drawn from (seed, r, index[i]).
         epsilon: radius, in units of the [0, 1] range.
-        advance: told how many samples an attack has done with, of N for each source.
+        advance: told how many samples an attack has done with, of N for each source (of N alone without gradients).
     """
     clean = predict(judge, images, CHUNK)
     wrong = clean.argmax(1) != labels
@@ -77,7 +79,7 @@ def confront(
     adversarial, fooled, seconds = images.clone(), {}, {}
     for attack in attacks:
         begin = time.perf_counter()
-        for name, source in sources.items():
+        for name, source in (sources if attack.gradients else {SCORES: judge}).items():
             hits = wrong.clone()
             for chunk in torch.arange(len(labels)).split(CHUNK):
                 left = chunk

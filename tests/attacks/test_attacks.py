@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from edgekit.attacks import ATTACKS, parse
+from edgekit.attacks.apgd import apgd
 from edgekit.attacks.fgsm import fgsm
 from edgekit.attacks.pgd import pgd
+from edgekit.attacks.square import square
 from edgekit.errors import EdgekitError
 
 torch.set_num_threads(1)
@@ -18,6 +20,10 @@ torch.set_num_threads(1)
         ("pgd3x5", 5, lambda *a, **k: pgd(*a, **k, steps=3, step_size=0.02, loss="ce")),
         ("pgd7-margin", 1, lambda *a, **k: pgd(*a, **k, steps=7, step_size=0.02, loss="margin")),
         ("pgd3x2-margin", 2, lambda *a, **k: pgd(*a, **k, steps=3, step_size=0.02, loss="margin")),
+        ("apgd7", 1, lambda *a, **k: apgd(*a, **k, steps=7, loss="ce")),
+        ("apgd7x2-dlr", 2, lambda *a, **k: apgd(*a, **k, steps=7, loss="dlr")),
+        ("square9", 1, lambda *a, **k: square(*a, **k, queries=9)),
+        ("square9x3", 3, lambda *a, **k: square(*a, **k, queries=9)),
         ("fgsm", 1, fgsm),
     ],
 )
@@ -53,6 +59,9 @@ def test_everything_listed_can_be_parsed() -> None:
         ("pgd20x0", "starts goes from 1 to 100"),
         ("pgd20x101", "starts goes from 1 to 100"),
         ("pgd", "there is no attack 'pgd'"),
+        ("apgd0", "steps goes from 1 to 10,000"),
+        ("square0", "queries goes from 1 to 10,000. Did you mean 'square1000'?"),
+        ("square", "Did you mean 'square1000'?"),
         ("pgd٢٠", "there is no attack"),
         ("", "there is no attack ''"),
         ("pgd20,", "there is no attack ''"),

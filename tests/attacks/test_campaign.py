@@ -72,3 +72,25 @@ def test_progress_counts_every_sample_once_for_each_source(net, digits) -> None:
     )
     assert told == {"fgsm": 2 * 297, "pgd1x4": 2 * 297}
     assert set(outcome.seconds) == {"fgsm", "pgd1x4"}
+
+
+def test_an_attack_without_gradients_runs_once_against_the_scores_whatever_sources_there_are(net, digits) -> None:
+    images, labels = digits[2][:60], digits[3][:60]
+    told: dict[str, int] = {}
+    outcome = confront(
+        net,
+        {"float": net, "twin": net},
+        parse("fgsm,square20"),
+        images,
+        labels,
+        labels,
+        seed=0,
+        epsilon=0.05,
+        advance=lambda attack, samples: told.update({attack.name: told.get(attack.name, 0) + samples}),
+    )
+    assert list(outcome.fooled) == [("fgsm", "float"), ("fgsm", "twin"), ("square20", "scores")]
+    assert told == {"fgsm": 120, "square20": 60}
+    (alone,) = parse("square20")
+    expected = alone.run(net, net, images, labels, seeds=derive(0, 0, samples=labels), epsilon=0.05)[1]
+    assert outcome.fooled["square20", "scores"].equal(expected)
+    assert outcome.robust.equal(~torch.stack(list(outcome.fooled.values())).any(0))

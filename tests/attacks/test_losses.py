@@ -10,6 +10,8 @@ def test_values_computed_by_hand() -> None:
     expected = [math.log(math.e**2 + 1 + math.e) - 2, math.log(2 + math.e**3)]
     assert torch.allclose(LOSSES["ce"](logits, labels), torch.tensor(expected))
     assert LOSSES["margin"](logits, labels).equal(torch.tensor([-1.0, 3.0]))
+    assert torch.allclose(LOSSES["dlr"](logits, labels), torch.tensor([-0.5, 1.0]))  # over 2 - 0 and 3 - 0
+    assert torch.allclose(LOSSES["dlr"](1000 * logits, labels), torch.tensor([-0.5, 1.0]))
 
 
 def test_the_margin_is_positive_exactly_where_the_answer_is_wrong() -> None:
