@@ -204,6 +204,20 @@ def test_a_file_whose_answer_depends_on_the_batch_is_asked_image_by_image(traine
     assert one_by_one_where_needed(steady, darker) is steady
 
 
+@pytest.mark.parametrize("attacks", ["square40", "fgsm,square40"])
+def test_an_attack_on_scores_is_faced_once_by_file_and_student_alike(trained, trial, attacks: str) -> None:
+    student = student_of(*trained)
+    some = replace(trial, attacks=parse(attacks))
+    one, own = examined(some, student, subject(as_file(student), twin=student))
+    assert one.outcome.fooled["square40", "scores"].equal(own.fooled["square40", "scores"])
+    assert set(one.verdict.attacks[-1].sources) == {"scores"}
+    assert one.float_robust.equal(own.robust)
+    truth = exactly_robust(*trained, some.images, some.labels, EPSILON)
+    found = ~one.outcome.fooled["square40", "scores"]
+    assert (found | ~truth).all()
+    assert truth.sum() < found.sum() < (one.outcome.clean.argmax(1) == some.labels).sum()
+
+
 def test_a_tie_is_decided_by_the_replay_and_anything_else_is_a_mismatch() -> None:
     labels = torch.zeros(4, dtype=torch.int64)
     outcome = Outcome(
