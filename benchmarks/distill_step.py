@@ -31,7 +31,9 @@ from edgekit.randomness import derive, normal, uniform
 from edgekit.recipe import Student
 
 GOAL = 1.8  # against the loop with loss.backward(), on one thread at batch 32
-SAME = 1e-4  # the first losses may differ by this share: other memory layouts sum in another order
+# The first losses may differ by this share. Other memory layouts and a folded normalization round otherwise, and where
+# a gradient is next to 0 its sign, and so a pixel, goes with it: 2e-3 was measured on an untrained network.
+SAME = 5e-3
 EPSILON, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 10
 QUICK_SECONDS = 80  # no new round is begun after these
 
