@@ -85,9 +85,12 @@ def _facts(one: ArtifactVerdict) -> list[str]:
         facts.append(f"judge it there with: {one.command}")
     for attack in one.attacks:
         sources = ", ".join(f"{name} {100 * share:.1f} %" for name, share in attack.sources.items())
+        # "scores" is the one source of an attack that follows no gradient (attacks/campaign.py).
+        found = (
+            "from its scores alone" if set(attack.sources) == {"scores"} else f"by source of the gradients: {sources}"
+        )
         facts.append(
-            f"{attack.name}: {100 * attack.robust_accuracy:.1f} % withstand it "
-            f"(by source of the gradients: {sources}; {attack.seconds:.1f} s)"
+            f"{attack.name}: {100 * attack.robust_accuracy:.1f} % withstand it ({found}; {attack.seconds:.1f} s)"
         )
     if one.float_robust_accuracy is not None and one.change is not None:
         robust = one.change.robust

@@ -159,3 +159,8 @@ def test_every_verdict_has_its_colour():
 def test_an_epsilon_that_is_no_whole_level_is_shown_as_it_is():
     assert "Linf epsilon 0.03 " in words(document(file(), epsilon=0.03))
     assert "L2 epsilon 0.5 " in words(document(file(), norm="L2", epsilon=0.5))
+
+
+def test_an_attack_on_scores_names_no_source_of_gradients():
+    text = words(document(file(attacks=[AttackResult("square500", 0.7, {"scores": 0.7}, 3.0)])))
+    assert "square500: 70.0 % withstand it (from its scores alone; 3.0 s)" in text
