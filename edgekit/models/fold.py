@@ -16,7 +16,7 @@ def fold(network: Module) -> Module:
     """A frozen eval-mode view of `network`, which is left as it is.
 
     A convolution directly before a batch normalization in one nn.Sequential becomes one convolution; everything else is
-    shared with `network`, so that making a view costs about a thousandth of a pass. It holds the weights of this
+    shared with `network`; making a view costs some percent of a training step. It holds the weights of this
     moment: after an optimizer step another one is needed. Answers differ in the last bits only; but what lies between
     the two is gone, for a module that reaches into its nn.Sequential.
     """
