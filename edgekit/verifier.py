@@ -397,7 +397,7 @@ def _found(what: str | Path | None) -> tuple[Run, list[Artifact]]:
         mend = "Run: edgekit export" + ("" if path is None else f" {path}") + " --int8"
         raise EdgekitError("there is no exported file yet", where=run.folder, mend=mend)
     found = [artifacts.load(folder) for folder in folders]
-    student = sha256(run.student)
+    student, recipe = sha256(run.student), sha256(run.recipe_file)
     for one in found:
         if one.record.get("made_from", {}).get("student_sha256") != student:
             raise EdgekitError(
@@ -405,6 +405,9 @@ def _found(what: str | Path | None) -> tuple[Run, list[Artifact]]:
                 where=one.folder,
                 mend="Run: edgekit export --force",
             )
+        if one.record["made_from"].get("recipe_sha256") != recipe:
+            # Another split may hold training images as test images, and the data's digest does not see splits.
+            raise EdgekitError("the recipe has changed since the export", where=run.recipe_file, mend="Train again")
     return run, found
 
 

@@ -461,3 +461,10 @@ def test_a_file_whose_runtime_is_missing_is_not_run_and_the_others_are(run, monk
     with pytest.raises(EdgekitError, match="nothing could run here") as caught:
         verify(attack="fgsm", samples=60)
     assert caught.value.exit_code == 4
+
+
+def test_a_recipe_edited_after_the_export_is_refused_for_it_may_split_the_data_otherwise(run) -> None:
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("split_seed = 0", "split_seed = 9"))
+    with pytest.raises(EdgekitError, match=r"recipe.toml: the recipe has changed since the export"):
+        verify(run, attack="fgsm", samples=20)
