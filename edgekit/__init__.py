@@ -1,7 +1,7 @@
 """edgekit: robust training, export to the edge, and the proof that the robustness arrived.
 
 The three verbs of the command line stand here too: `edgekit.distill`, `edgekit.export` and `edgekit.verify` take the
-same options by the same names and return what `--json` prints. They are loaded at first use; importing edgekit is fast.
+same options as arguments and return what `--json` prints. They are loaded at first use; importing edgekit is fast.
 """
 
 from typing import TYPE_CHECKING, Any

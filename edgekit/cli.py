@@ -160,7 +160,7 @@ def main() -> None:
     """Run the command line; every expected fault ends in one sentence and the exit code that CLI.md gives it."""
     if "OMP_WAIT_POLICY" not in os.environ:
         # How long the threads of libgomp spin for their next piece of work, read when torch is loaded. By default they
-        # spin so long that busy cores do little else. Measured: benchmarks/spin.py.
+        # spin for so long that two busy jobs on two cores slow each other down: benchmarks/spin.py.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         code = app(standalone_mode=False)  # not standalone, so that faults reach the clauses below; Exit is returned

@@ -1,6 +1,5 @@
 """The students that benchmarks measure on, trained once and kept in the repository with recipe and digest."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ class Kept:
 
     @property
     def images(self) -> Path:
-        """A few of its test images, for measurements that need no file outside the repository."""
+        """100 of its test images, `picked(folder, 100, quick=False)`: for measurements with no file from elsewhere."""
         return self.folder / "images.npz"
 
 
@@ -41,7 +40,7 @@ def picked(folder: Path | None, samples: int, *, quick: bool) -> Split:
         folder: the images that the student was trained on; of no use where `quick` takes the repository's own.
     """
     if quick:
-        with numpy.load(io.BytesIO(CIFAR10.images.read_bytes())) as kept:
+        with numpy.load(CIFAR10.images) as kept:
             split = Split(*(torch.from_numpy(kept[name]) for name in ("images", "labels", "index")))
         return split[:samples]
     if folder is None:

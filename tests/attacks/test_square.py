@@ -68,7 +68,7 @@ def test_its_budget_is_kept_and_what_is_fooled_is_asked_no_more(net, digits) -> 
     assert stripes.std(1).max() < 0.06  # one value a column, where the range of pixels does not cut it
 
 
-@pytest.mark.parametrize("queries", [1, 2, 60])
+@pytest.mark.parametrize("queries", [2, 60])
 def test_more_queries_only_add(net, digits, queries: int) -> None:
     images, labels = digits[2][:60], digits[3][:60]
     margins = []
