@@ -1,95 +1,34 @@
 """Attacks x artifacts -> Verdict: every file of a run is attacked in its own runtime, beside the float student.
 
-`verify` is the command; `examine` is its heart and knows nothing of runs, files and terminals.
+`verify` is the command. What happens to one file stands in examine.py, what is kept of it in archive.py.
 """
 
 import contextlib
-import json
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
+from edgekit import archive, data, judge, machine, models, runs, twin, verdict
 from edgekit import artifact as artifacts
-from edgekit import data, judge, machine, models, runs, twin, verdict
 from edgekit.artifact import Artifact
 from edgekit.attacks import Attack, parse
-from edgekit.attacks.campaign import CHUNK, Outcome, confront
-from edgekit.classifier import Classifier, Wrapped, predict
+from edgekit.classifier import Classifier
 from edgekit.console import progress, say
 from edgekit.errors import ENVIRONMENT, EdgekitError
-from edgekit.files import sha256, write_json, write_text, writing
+from edgekit.examine import Advance, Examined, Subject, Trial, examine, share
+from edgekit.files import sha256
 from edgekit.recipe import number, read
 from edgekit.runs import Run
 from edgekit.statistics import power_sentence
-from edgekit.verdict import ArtifactVerdict, AttackResult, Check, FloatStudent, Rules, Twin, Verdict
+from edgekit.verdict import ArtifactVerdict, FloatStudent, Rules
 
 SAMPLES = 1000
-FAITHFUL = 0.99  # agreement of a twin with its file below which its gradients are not those of the file
-ROUNDING = 1e-4  # two answers of one file that differ by less than this share of its largest logit are the same
 SPLIT = "test"
-
-Advance = Callable[[Attack, int], None]
-Watch = Callable[[str, int], Advance]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What every judge faces: attacks on (N, C, H, W) float32 images in [0, 1] with (N,) labels and (N,) places."""
-
-    attacks: tuple[Attack, ...]
-    images: Tensor
-    labels: Tensor
-    index: Tensor
-    epsilon: float
-    seed: int = 0
-
-    def run(self, judge: Classifier, sources: dict[str, Classifier], advance: Advance = lambda *_: None) -> Outcome:
-        return confront(
-            judge,
-            sources,
-            self.attacks,
-            self.images,
-            self.labels,
-            self.index,
-            seed=self.seed,
-            epsilon=self.epsilon,
-            advance=advance,
-        )
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A file under attack: what the verdict says of it, how it is opened, and its differentiable copy if it has one."""
-
-    name: str
-    format: str
-    precision: str
-    file: str
-    bytes: int
-    sha256: str
-    judged_on: str
-    open: Callable[[], Classifier]
-    twin: Classifier | None = None
-
-    def about(self) -> dict[str, Any]:
-        """The fields that a verdict repeats."""
-        return {key: getattr(self, key) for key in ("name", "format", "precision", "file", "bytes", "sha256")}
-
-
-@dataclass(frozen=True)
-class Examined:
-    """One file's verdict, and what it and the float student did on each sample."""
-
-    verdict: ArtifactVerdict
-    outcome: Outcome
-    float_robust: Tensor  # (N,) bool, under all that the file faced
 
 
 def verify(
@@ -146,8 +85,8 @@ def verify(
         stack.enter_context(_torch_threads(threads))
         # The channels-last layout halves the time of a convolution's two passes on a CPU.
         student = models.load(run.student).requires_grad_(False).to(memory_format=torch.channels_last)
-        archive = stack.enter_context(_archive(save_adversarial, trial)) if save_adversarial is not None else None
-        result, lines = _examine_all(run, found, student, trial, rules, archive, threads)
+        archived = stack.enter_context(archive.adversarial(save_adversarial, trial)) if save_adversarial else None
+        result, lines = _examine_all(run, found, student, trial, rules, archived, threads)
         document = verdict.summarize(
             rules,
             result.artifacts,
@@ -159,9 +98,9 @@ def verify(
             data=verdict.Data(dataset.name, SPLIT, dataset.sha256),
             machine=verdict.Machine(**judge.machine_block()),
             float_student=result.float_student,
-            looks=_looks(run, [one.sha256 for one in found], dataset.sha256),
+            looks=archive.looks(run.verdicts, [one.sha256 for one in found], dataset.sha256),
         )
-    return _keep(run, document, lines)
+    return archive.keep(run.verdicts, document, lines)
 
 
 @dataclass(frozen=True)
@@ -176,7 +115,7 @@ def _examine_all(
     student: Classifier,
     trial: Trial,
     rules: Rules,
-    archive: Callable[[str, Examined], None] | None,
+    archived: Callable[[str, Examined], None] | None,
     threads: int,
 ) -> tuple[_Results, list[dict[str, Any]]]:
     """Examine every artifact; also the lines of samples.jsonl."""
@@ -212,9 +151,9 @@ def _examine_all(
                 seconds = sum(examined.outcome.seconds.values())
                 say(f"{one.name}: {_percent(examined.outcome.robust)} robust ({seconds:.1f} s)")
             verdicts.append(examined.verdict)
-            lines += _lines(one.name, trial, own, examined)
-            if archive:
-                archive(one.name, examined)
+            lines += archive.lines(one.name, trial, own, examined)
+            if archived:
+                archived(one.name, examined)
     if not lines:
         raise EdgekitError(f"nothing could run here ({verdicts[0].why})", exit_code=ENVIRONMENT)
     clean = own.clean.argmax(1) == trial.labels
@@ -224,133 +163,8 @@ def _examine_all(
     return _Results(verdicts, float_student), lines
 
 
-def examine(
-    subject: Subject,
-    student: Classifier,
-    own: Outcome,
-    trial: Trial,
-    rules: Rules,
-    watch: Watch = lambda name, sources: lambda attack, samples: None,
-) -> Examined:
-    """Attack one file from every source that there is, and the float student from the same ones.
-
-    Args:
-        student: the float student, differentiable.
-        own: what the student went through under its own gradients, as `trial.run` gives it.
-        watch: the name of a judge and its number of sources -> what is told of the progress.
-    Raises:
-        EdgekitError: the file answers with numbers that are none.
-    """
-    judged = one_by_one_where_needed(subject.open(), trial.images)
-    # The first session that ONNX Runtime opens in a process turns this off for the thread.
-    torch.set_flush_denormal(True)
-    sources: dict[str, Classifier] = {"float": student} | ({"twin": subject.twin} if subject.twin else {})
-    outcome = trial.run(judged, sources, watch(subject.name, len(sources)))
-    if not outcome.clean.isfinite().all():
-        raise EdgekitError("the file answers with infinities, or with numbers that are none", where=subject.file)
-    float_robust = own.robust
-    following = tuple(attack for attack in trial.attacks if attack.gradients)
-    if subject.twin and following:  # the other attacks follow no source: `own` holds all that they can do
-        under_twin = replace(trial, attacks=following).run(
-            student, {"twin": subject.twin}, watch(f"float student under {subject.name}'s twin", 1)
-        )
-        float_robust = float_robust & under_twin.robust
-    opened_again = one_by_one_where_needed(subject.open(), trial.images)
-    replayed = predict(opened_again, outcome.adversarial, CHUNK)
-    outcome, replay_check = settle(outcome, replayed, trial.labels)
-    checks = [replay_check, _same_answer(judged, outcome.clean, trial.images), _no_gain(float_robust, outcome, rules)]
-    fidelity = None
-    if subject.twin:
-        fidelity = _fidelity(subject.twin, trial.images, outcome, replayed)
-        why = f"the twin decides as the file does on {100 * fidelity.agreement:.2f} % of clean and adversarial images"
-        checks.append(Check("twin_fidelity", fidelity.agreement >= FAITHFUL, fidelity.agreement, why))
-    judgement = verdict.judged(
-        rules,
-        outcome.clean.argmax(1) == trial.labels,
-        outcome.robust,
-        **subject.about(),
-        attacks=[_result(attack, outcome) for attack in trial.attacks],
-        judged_on=subject.judged_on,
-        float_clean_right=own.clean.argmax(1) == trial.labels,
-        float_robust_right=float_robust,
-        agreement=_share(own.clean.argmax(1) == outcome.clean.argmax(1)),
-        twin=fidelity,
-        checks=checks,
-    )
-    return Examined(judgement, outcome, float_robust)
-
-
-def one_by_one_where_needed(judged: Classifier, images: Tensor) -> Classifier:
-    """`judged`, asked one image at a time where its answers depend on the batch (dynamic quantization)."""
-    probe = images[:16]
-    alone, together = predict(judged, probe, 1), predict(judged, probe, len(probe))
-    if _alike(alone, together).all():
-        return judged
-    return Wrapped(lambda batch: torch.cat([judged(image) for image in batch.split(1)]), differentiable=False)
-
-
-def settle(outcome: Outcome, replayed: Tensor, labels: Tensor) -> tuple[Outcome, Check]:
-    """Hold the outcome against the answers (N, K) that a freshly opened file gives to the adversarial images.
-
-    A sample whose two highest logits are equal up to rounding may change sides with the batch that it sits in. There
-    the replay, which others can repeat, decides. Any other difference fails the check.
-    """
-    fooled = replayed.argmax(1) != labels
-    differs = fooled == outcome.robust
-    others = replayed.scatter(1, labels[:, None], -torch.inf).amax(1)
-    tied = (others - replayed.gather(1, labels[:, None])[:, 0]).abs() <= ROUNDING * replayed.abs().max()
-    kept = _share(~differs)
-    passed = bool((tied | ~differs).all())
-    saved, lost = differs & tied & ~fooled, differs & tied & fooled
-    if saved.any() or lost.any():
-        hits = {pair: (hit & ~saved) | lost for pair, hit in outcome.fooled.items()}
-        winner = outcome.winner.masked_fill(saved, -1).masked_fill(lost, 0)
-        outcome = replace(outcome, fooled=hits, winner=winner)
-    why = f"a freshly opened file repeats its answer to {100 * kept:.2f} % of the adversarial images"
-    return outcome, Check("fooled_replayed", passed, kept, why)
-
-
-def _alike(first: Tensor, second: Tensor) -> Tensor:
-    """(N,) bool: the same decision, and the same logits (N, K) up to rounding."""
-    room = ROUNDING * max(first.abs().max().item(), second.abs().max().item())
-    return (first.argmax(1) == second.argmax(1)) & ((first - second).abs() <= room).all(1)
-
-
-def _same_answer(judged: Classifier, clean: Tensor, images: Tensor) -> Check:
-    """Whether the file says of the first chunk what it said before."""
-    share = _share(_alike(predict(judged, images[:CHUNK], CHUNK), clean[:CHUNK]))
-    why = f"{100 * share:.2f} % of {min(CHUNK, len(images))} images get the same answer when asked again"
-    return Check("same_answer_twice", share == 1, share, why)
-
-
-def _no_gain(float_robust: Tensor, outcome: Outcome, rules: Rules) -> Check:
-    change = verdict.compare(float_robust, outcome.robust, rules.confidence)
-    ends = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
-    why = f"robust accuracy changed by {100 * change.value:+.1f} points ({ends})"
-    if change.low > 0:
-        why += "; a file that gains so much hides its gradients until the contrary is shown"
-    return Check("robust_accuracy_did_not_rise", change.low <= 0, change.value, why)
-
-
-def _fidelity(copy: Classifier, images: Tensor, outcome: Outcome, replayed: Tensor) -> Twin:
-    said = torch.cat([outcome.clean, replayed])
-    copied = torch.cat([predict(copy, images, CHUNK), predict(copy, outcome.adversarial, CHUNK)])
-    return Twin(_share(said.argmax(1) == copied.argmax(1)), (said - copied).abs().max().item())
-
-
-def _result(attack: Attack, outcome: Outcome) -> AttackResult:
-    by_source = {source: hit for (name, source), hit in outcome.fooled.items() if name == attack.name}
-    worst = torch.stack(list(by_source.values())).any(0)
-    sources = {source: _share(~hit) for source, hit in by_source.items()}
-    return AttackResult(attack.name, _share(~worst), sources, outcome.seconds[attack.name])
-
-
-def _share(right: Tensor) -> float:
-    return int(right.sum()) / len(right)
-
-
 def _percent(right: Tensor) -> str:
-    return f"{100 * _share(right):.1f} %"
+    return f"{100 * share(right):.1f} %"
 
 
 def _rules(tolerance: float, clean_tolerance: float, at_least: float | None) -> Rules:
@@ -435,89 +249,6 @@ def _subject(run: Run, one: Artifact, threads: int) -> Subject:
     opener = partial(judge.open, one, threads=threads)
     opener()  # a missing runtime shows here, before anything is attacked
     return Subject(**_about(run, one), judged_on=judge.judged_on(one.format), open=opener, twin=copy)
-
-
-def _looks(run: Run, digests: Sequence[str], data_sha256: str) -> int:
-    """1 + how many verdicts this run holds already on one of these files and the same data."""
-    most = 0
-    earlier: list[Verdict] = []
-    for path in sorted(run.verdicts.glob("*/verdict.json")):
-        with contextlib.suppress(EdgekitError, ValueError, OSError):  # a damaged one cannot be counted
-            earlier.append(verdict.from_dict(json.loads(path.read_text(encoding="utf-8")), where=path))
-    for digest in digests:
-        judged = [
-            one
-            for one in earlier
-            if one.data.sha256 == data_sha256
-            and any(file.sha256 == digest and file.verdict != "not_run" for file in one.artifacts)
-        ]
-        most = max(most, len(judged))
-    return 1 + most
-
-
-def _lines(name: str, trial: Trial, own: Outcome, examined: Examined) -> list[dict[str, Any]]:
-    outcome = examined.outcome
-    attacks, sources = outcome.won()
-    columns = {
-        "index": trial.index.tolist(),
-        "label": trial.labels.tolist(),
-        "float_clean": (own.clean.argmax(1) == trial.labels).tolist(),
-        "float_robust": examined.float_robust.tolist(),
-        "file_clean": (outcome.clean.argmax(1) == trial.labels).tolist(),
-        "file_robust": outcome.robust.tolist(),
-        "attack": attacks,
-        "source": sources,
-    }
-    return [{"artifact": name, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
-
-
-def _keep(run: Run, document: Verdict, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Write verdicts/<n>/; the verdict itself comes last, so that a folder with one is whole."""
-    run.verdicts.mkdir(exist_ok=True)
-    taken = 1
-    while True:
-        folder = run.verdicts / str(taken)
-        try:  # mkdir, not exists(): two commands at once must not share a folder
-            folder.mkdir()
-            break
-        except FileExistsError:
-            taken += 1
-    contents = verdict.to_dict(document)
-    try:
-        write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        write_json(folder / "verdict.json", contents)
-    except BaseException:
-        (folder / "samples.jsonl").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        raise
-    say(f"Kept in {folder}")
-    return contents
-
-
-@contextlib.contextmanager
-def _archive(path: str | Path, trial: Trial) -> Iterator[Callable[[str, Examined], None]]:
-    """An .npz file that grows by one artifact at a time, so that the images of all need not be held at once."""
-    path = Path(path)
-    if path.is_dir():
-        raise EdgekitError("this is a folder, not a file", where=f"--save-adversarial {path}")
-    with writing(path) as part, zipfile.ZipFile(part, "w") as archive:
-
-        def put(name: str, value: Any) -> None:
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                numpy.lib.format.write_array(file, numpy.asarray(value), allow_pickle=False)
-
-        def add(name: str, examined: Examined) -> None:
-            attacks, sources = examined.outcome.won()
-            put(f"{name}/adversarial", examined.outcome.adversarial.numpy())
-            put(f"{name}/fooled", ~examined.outcome.robust.numpy())
-            put(f"{name}/attack", numpy.array(attacks, dtype=str))
-            put(f"{name}/source", numpy.array(sources, dtype=str))
-
-        put("images", trial.images.numpy())
-        put("labels", trial.labels.numpy())
-        put("index", trial.index.numpy())
-        yield add
 
 
 @contextlib.contextmanager

@@ -17,9 +17,10 @@ from edgekit.attacks import parse
 from edgekit.attacks.campaign import Outcome
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import EdgekitError
+from edgekit.examine import Examined, Subject, Trial, examine, one_by_one_where_needed, settle
 from edgekit.randomness import derive
 from edgekit.verdict import Rules
-from edgekit.verifier import Examined, Subject, Trial, examine, one_by_one_where_needed, settle, verify
+from edgekit.verifier import verify
 
 EPSILON = 0.03
 

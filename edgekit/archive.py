@@ -1,0 +1,101 @@
+"""What a verdict leaves on disk: verdicts/<n>/, and the adversarial images of --save-adversarial (CLI.md)."""
+
+import contextlib
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from edgekit import verdict
+from edgekit.attacks.campaign import Outcome
+from edgekit.console import say
+from edgekit.errors import EdgekitError
+from edgekit.examine import Examined, Trial
+from edgekit.files import write_json, write_text, writing
+from edgekit.verdict import Verdict
+
+
+def looks(verdicts: Path, digests: Sequence[str], data_sha256: str) -> int:
+    """1 + how many verdicts the folder holds already on one of these files and the same data."""
+    most = 0
+    earlier: list[Verdict] = []
+    for path in sorted(verdicts.glob("*/verdict.json")):
+        with contextlib.suppress(EdgekitError, ValueError, OSError):  # a damaged one cannot be counted
+            earlier.append(verdict.from_dict(json.loads(path.read_text(encoding="utf-8")), where=path))
+    for digest in digests:
+        judged = [
+            one
+            for one in earlier
+            if one.data.sha256 == data_sha256
+            and any(file.sha256 == digest and file.verdict != "not_run" for file in one.artifacts)
+        ]
+        most = max(most, len(judged))
+    return 1 + most
+
+
+def lines(name: str, trial: Trial, own: Outcome, examined: Examined) -> list[dict[str, Any]]:
+    outcome = examined.outcome
+    attacks, sources = outcome.won()
+    columns = {
+        "index": trial.index.tolist(),
+        "label": trial.labels.tolist(),
+        "float_clean": (own.clean.argmax(1) == trial.labels).tolist(),
+        "float_robust": examined.float_robust.tolist(),
+        "file_clean": (outcome.clean.argmax(1) == trial.labels).tolist(),
+        "file_robust": outcome.robust.tolist(),
+        "attack": attacks,
+        "source": sources,
+    }
+    return [{"artifact": name, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
+
+
+def keep(verdicts: Path, document: Verdict, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write verdicts/<n>/; the verdict itself comes last, so that a folder with one is whole."""
+    verdicts.mkdir(exist_ok=True)
+    taken = 1
+    while True:
+        folder = verdicts / str(taken)
+        try:  # mkdir, not exists(): two commands at once must not share a folder
+            folder.mkdir()
+            break
+        except FileExistsError:
+            taken += 1
+    contents = verdict.to_dict(document)
+    try:
+        write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_json(folder / "verdict.json", contents)
+    except BaseException:
+        (folder / "samples.jsonl").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
+    say(f"Kept in {folder}")
+    return contents
+
+
+@contextlib.contextmanager
+def adversarial(path: str | Path, trial: Trial) -> Iterator[Callable[[str, Examined], None]]:
+    """An .npz file that grows by one artifact at a time, so that the images of all need not be held at once."""
+    path = Path(path)
+    if path.is_dir():
+        raise EdgekitError("this is a folder, not a file", where=f"--save-adversarial {path}")
+    with writing(path) as part, zipfile.ZipFile(part, "w") as archive:
+
+        def put(name: str, value: Any) -> None:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                numpy.lib.format.write_array(file, numpy.asarray(value), allow_pickle=False)
+
+        def add(name: str, examined: Examined) -> None:
+            attacks, sources = examined.outcome.won()
+            put(f"{name}/adversarial", examined.outcome.adversarial.numpy())
+            put(f"{name}/fooled", ~examined.outcome.robust.numpy())
+            put(f"{name}/attack", numpy.array(attacks, dtype=str))
+            put(f"{name}/source", numpy.array(sources, dtype=str))
+
+        put("images", trial.images.numpy())
+        put("labels", trial.labels.numpy())
+        put("index", trial.index.numpy())
+        yield add
