@@ -36,19 +36,20 @@ def looks(verdicts: Path, digests: Sequence[str], data_sha256: str) -> int:
     return 1 + most
 
 
-def lines(name: str, trial: Trial, own: Outcome, examined: Examined) -> list[dict[str, Any]]:
+def lines(name: str, trial: Trial, own: Outcome | None, examined: Examined) -> list[dict[str, Any]]:
     outcome = examined.outcome
     attacks, sources = outcome.won()
     columns = {
         "index": trial.index.tolist(),
         "label": trial.labels.tolist(),
-        "float_clean": (own.clean.argmax(1) == trial.labels).tolist(),
-        "float_robust": examined.float_robust.tolist(),
         "file_clean": (outcome.clean.argmax(1) == trial.labels).tolist(),
         "file_robust": outcome.robust.tolist(),
         "attack": attacks,
         "source": sources,
     }
+    if own is not None and examined.float_robust is not None:
+        columns["float_clean"] = (own.clean.argmax(1) == trial.labels).tolist()
+        columns["float_robust"] = examined.float_robust.tolist()
     return [{"artifact": name, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
 

@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_FILE = "For a FILE that edgekit did not write"
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
 
 
@@ -100,7 +101,9 @@ def export(
 def verify(
     what: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN|ARTIFACT]", help="A run or an artifact folder.  [default: the latest run]"),
+        typer.Argument(
+            metavar="[RUN|ARTIFACT|FILE]", help="A run, an artifact folder, an ONNX file.  [default: the latest run]"
+        ),
     ] = None,
     attack: Annotated[
         str, typer.Option(metavar="A,B", help="pgd20, pgd100x5, pgd20-margin, fgsm, …; several: the worst case.")
@@ -121,6 +124,29 @@ def verify(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw of samples and of every attack.")] = 0,
     save_adversarial: Annotated[Path | None, typer.Option(metavar="F.npz", help="Keep the adversarial images.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="Follow this model's gradients too: safetensors or ONNX.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="FOLDER/CLASS/*.jpg: the photos.", rich_help_panel=_FILE)
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="M,…", help="In [0, 1], RGB; 123/255 is allowed.", rich_help_panel=_FILE)
+    ] = None,
+    std: Annotated[str | None, typer.Option(metavar="S,…", help="The same.", rich_help_panel=_FILE)] = None,
+    layout: Annotated[str | None, typer.Option(help="nchw or nhwc.", rich_help_panel=_FILE)] = None,
+    channels: Annotated[str | None, typer.Option(help="rgb or bgr.", rich_help_panel=_FILE)] = None,
+    output: Annotated[str | None, typer.Option(metavar="NAME", help="The scores.", rich_help_panel=_FILE)] = None,
+    classes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Class names, one a line or JSON.", rich_help_panel=_FILE)
+    ] = None,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Crop and resize the photos to the file's size.", rich_help_panel=_FILE)
+    ] = False,
+    size: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Their side, where the file takes any size.", rich_help_panel=_FILE),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Attack exported files in their own runtimes and say whether the robustness survived."""
@@ -137,6 +163,16 @@ def verify(
         at_least=None if at_least is None else at_least / 100,
         seed=seed,
         save_adversarial=save_adversarial,
+        source=source,
+        data=data,
+        mean=mean,
+        std=std,
+        layout=layout,
+        channels=channels,
+        output=output,
+        classes=classes,
+        resize=resize,
+        size=size,
     )
     if json:
         _print_json(document)

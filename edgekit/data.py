@@ -224,7 +224,7 @@ def _folder(folder: Path, size: int | None) -> tuple[Tensor, Tensor, Tensor | No
     cache = cache_folder() / "data" / f"{digest(str(folder.resolve()), str(size), *listing)}.safetensors"
     images = _cached(cache)
     if images is None:
-        images = _decode([path for path, _, _ in files], size)
+        images = decode([path for path, _, _ in files], size)
         with writing(cache) as part:
             save_file({"images": images}, part)
     tested = torch.tensor([test for _, _, test in files]) if divided else None
@@ -239,7 +239,14 @@ def _cached(path: Path) -> Tensor | None:
         return None
 
 
-def _decode(paths: Sequence[Path], size: int | None) -> Tensor:
+def decode(
+    paths: Sequence[Path], size: int | tuple[int, int] | None, mend: str = "Set data.size, to which all are resized"
+) -> Tensor:
+    """(N, 3, H, W) uint8, RGB; cropped to the middle and resized where `size` (one side, or height and width) says so.
+
+    Raises:
+        EdgekitError: a broken image (named), or one of another size than the first; `mend` says what then helps.
+    """
     import numpy
     from PIL import Image, ImageOps
 
@@ -251,7 +258,8 @@ def _decode(paths: Sequence[Path], size: int | None) -> Tensor:
                 with Image.open(path) as image:
                     picture = image.convert("RGB")
                     if size:
-                        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+                        height, width = (size, size) if isinstance(size, int) else size
+                        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
                     pixels.append(torch.from_numpy(numpy.asarray(picture).copy()))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 # A file that cannot be read at all is the machine's fault; one that cannot be decoded is the data's.
@@ -265,7 +273,7 @@ def _decode(paths: Sequence[Path], size: int | None) -> Tensor:
                 raise EdgekitError(
                     f"the image is {tuple(pixels[-1].shape[:2])} pixels, the first one {tuple(pixels[0].shape[:2])}",
                     where=path,
-                    mend="Set data.size, to which all are resized",
+                    mend=mend,
                 )
             bar.advance(task)
     return torch.stack(pixels).permute(0, 3, 1, 2).contiguous()

@@ -3,7 +3,7 @@
 It knows Classifiers only: no runs, no formats, no terminal.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +62,7 @@ class Subject:
     judged_on: str
     open: Callable[[], Classifier]
     twin: Classifier | None = None
+    chance: float | None = None  # accuracy by guessing, of a file that may be fed or read in the wrong way
 
     def about(self) -> dict[str, Any]:
         """The fields that a verdict repeats."""
@@ -74,63 +75,106 @@ class Examined:
 
     verdict: ArtifactVerdict
     outcome: Outcome
-    float_robust: Tensor  # (N,) bool, under all that the file faced
+    float_robust: Tensor | None  # (N,) bool, under all that the file faced; None where no student stands beside it
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The float student, and what it went through under its own gradients, as `trial.run` gives it."""
+
+    student: Classifier
+    own: Outcome
 
 
 def examine(
     subject: Subject,
-    student: Classifier,
-    own: Outcome,
+    beside: Beside | None,
     trial: Trial,
     rules: Rules,
+    surrogates: Mapping[str, Classifier] | None = None,
     watch: Watch = lambda name, sources: lambda attack, samples: None,
 ) -> Examined:
-    """Attack one file from every source that there is, and the float student from the same ones.
+    """Attack one file from every source that there is, and the float student, if there is one, from the same ones.
 
     Args:
-        student: the float student, differentiable.
-        own: what the student went through under its own gradients, as `trial.run` gives it.
+        surrogates: further sources by name; `beside.own` faced them already.
         watch: the name of a judge and its number of sources -> what is told of the progress.
     Raises:
-        EdgekitError: the file answers with numbers that are none.
+        EdgekitError: the file answers with numbers that are none, or nothing that was asked for can attack it.
     """
     judged = one_by_one_where_needed(subject.open(), trial.images)
     # The first session that ONNX Runtime opens in a process turns this off for the thread.
     torch.set_flush_denormal(True)
-    sources: dict[str, Classifier] = {"float": student} | ({"twin": subject.twin} if subject.twin else {})
-    outcome = trial.run(judged, sources, watch(subject.name, len(sources)))
-    if not outcome.clean.isfinite().all():
-        raise EdgekitError("the file answers with infinities, or with numbers that are none", where=subject.file)
-    float_robust = own.robust
-    following = tuple(attack for attack in trial.attacks if attack.gradients)
-    if subject.twin and following:  # the other attacks follow no source: `own` holds all that they can do
-        under_twin = replace(trial, attacks=following).run(
-            student, {"twin": subject.twin}, watch(f"float student under {subject.name}'s twin", 1)
+    _finite(predict(judged, trial.images[:CHUNK], CHUNK), subject)
+    sources = {"float": beside.student} if beside else {}
+    sources |= ({"twin": subject.twin} if subject.twin else {}) | dict(surrogates or {})
+    if not sources and (blind := [attack.name for attack in trial.attacks if attack.gradients]):
+        raise EdgekitError(
+            f"no gradients go through this file, and '{blind[0]}' follows gradients",
+            where=subject.file,
+            mend="Name attacks that need none (square5000), or a --source",
         )
-        float_robust = float_robust & under_twin.robust
+    outcome = trial.run(judged, sources, watch(subject.name, len(sources)))
+    _finite(outcome.clean, subject)
     opened_again = one_by_one_where_needed(subject.open(), trial.images)
     replayed = predict(opened_again, outcome.adversarial, CHUNK)
     outcome, replay_check = settle(outcome, replayed, trial.labels)
-    checks = [replay_check, _same_answer(judged, outcome.clean, trial.images), _no_gain(float_robust, outcome, rules)]
+    float_robust = None if beside is None else _float_robust(subject, beside, trial, watch)
+    checks = [replay_check, _same_answer(judged, outcome.clean, trial.images)]
+    if float_robust is not None:
+        checks.append(_no_gain(float_robust, outcome, rules))
     fidelity = None
     if subject.twin:
         fidelity = _fidelity(subject.twin, trial.images, outcome, replayed)
         why = f"the twin decides as the file does on {100 * fidelity.agreement:.2f} % of clean and adversarial images"
         checks.append(Check("twin_fidelity", fidelity.agreement >= FAITHFUL, fidelity.agreement, why))
+    clean_right = outcome.clean.argmax(1) == trial.labels
+    float_clean = None if beside is None else beside.own.clean.argmax(1)
     judgement = verdict.judged(
         rules,
-        outcome.clean.argmax(1) == trial.labels,
+        clean_right,
         outcome.robust,
         **subject.about(),
         attacks=[_result(attack, outcome) for attack in trial.attacks],
         judged_on=subject.judged_on,
-        float_clean_right=own.clean.argmax(1) == trial.labels,
+        float_clean_right=None if float_clean is None else float_clean == trial.labels,
         float_robust_right=float_robust,
-        agreement=share(own.clean.argmax(1) == outcome.clean.argmax(1)),
+        agreement=None if float_clean is None else share(float_clean == outcome.clean.argmax(1)),
         twin=fidelity,
         checks=checks,
+        undecidable=_guessing(subject, clean_right, rules),
     )
     return Examined(judgement, outcome, float_robust)
+
+
+def _float_robust(subject: Subject, beside: Beside, trial: Trial, watch: Watch) -> Tensor:
+    """(N,) bool: what the student withstands, the gradients of the file's twin included."""
+    following = tuple(attack for attack in trial.attacks if attack.gradients)
+    if not subject.twin or not following:  # the other attacks follow no source: `own` holds all that they can do
+        return beside.own.robust
+    under_twin = replace(trial, attacks=following).run(
+        beside.student, {"twin": subject.twin}, watch(f"float student under {subject.name}'s twin", 1)
+    )
+    return beside.own.robust & under_twin.robust
+
+
+def _finite(answers: Tensor, subject: Subject) -> None:
+    if not answers.isfinite().all():
+        raise EdgekitError("the file answers with infinities, or with numbers that are none", where=subject.file)
+
+
+def _guessing(subject: Subject, clean_right: Tensor, rules: Rules) -> str | None:
+    """Why nothing can be decided of a file that does no better than guessing."""
+    if subject.chance is None:
+        return None
+    clean = verdict.accuracy(clean_right, rules.confidence)
+    if clean.low > subject.chance:
+        return None
+    return (
+        f"the file is right on {100 * clean.value:.1f} % of the clean images, no more than guessing "
+        f"({100 * subject.chance:.3g} %): its input or its classes may be meant otherwise "
+        "(--mean, --std, --channels, --layout, --classes)"
+    )
 
 
 def one_by_one_where_needed(judged: Classifier, images: Tensor) -> Classifier:

@@ -26,6 +26,7 @@ class Twin(nn.Module):
     """images (N, C, H, W) float32 in [0, 1] -> logits (N, K) float32; a differentiable Classifier."""
 
     differentiable = True
+    before_softmax = False  # whether a softmax that ends the file was left out
 
     def __init__(self, model: onnx.ModelProto, where: Path) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from edgekit.attacks import parse
 from edgekit.attacks.campaign import Outcome
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import EdgekitError
-from edgekit.examine import Examined, Subject, Trial, examine, one_by_one_where_needed, settle
+from edgekit.examine import Beside, Examined, Subject, Trial, examine, one_by_one_where_needed, settle
 from edgekit.randomness import derive
 from edgekit.verdict import Rules
 from edgekit.verifier import verify
@@ -72,7 +72,7 @@ def subject(judge: Classifier, twin: Classifier | None = None, again: Classifier
 
 def examined(trial: Trial, student: Classifier, file: Subject, **rules: float) -> tuple[Examined, Outcome]:
     own = trial.run(student, {"float": student})
-    return examine(file, student, own, trial, Rules(**rules)), own
+    return examine(file, Beside(student, own), trial, Rules(**rules)), own
 
 
 def checks(one: Examined) -> dict[str, bool]:
@@ -387,8 +387,8 @@ def test_the_latest_run_is_the_default_and_only_its_whole_artifacts_count(run) -
         ({"seed": -1}, "a seed goes from"),
         ({"seed": 2**70}, "a seed goes from"),
         ({"what": "no/such/run"}, "there is no such run"),
-        ({"what": "runs/tiny-1/artifacts/onnx-int8/model.onnx"}, "Run: edgekit verify runs/tiny-1/artifacts/onnx-int8"),
-        ({"what": "runs/tiny-1/recipe.toml"}, "Run: edgekit verify RUN"),
+        ({"what": "runs/tiny-1/recipe.toml"}, "not an ONNX model"),
+        ({"mean": "0.5"}, "--mean: is for a file that belongs to no run"),
         ({"what": "runs/tiny-1/artifacts"}, "not a run folder"),
         ({"save_adversarial": "runs"}, "a folder, not a file"),
     ],
