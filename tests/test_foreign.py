@@ -1,0 +1,393 @@
+"""ONNX files from elsewhere, built operator by operator, held against the same network in torch."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnx
+import pytest
+import torch
+from commandline import command
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from edgekit import foreign
+from edgekit.errors import EdgekitError
+from edgekit.foreign import Ported, Said
+from edgekit.formats import onnx as runtime
+
+CLASSES = ("cat", "dog", "eel")
+SIDE = 8
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def weights() -> dict[str, numpy.ndarray]:
+    """A network that names the brightest colour, with enough noise that its gradients are those of no other."""
+    draw = numpy.random.default_rng(0)
+    kernel, matrix = draw.normal(0, 0.05, (6, 3, 3, 3)), draw.normal(0, 0.05, (3, 6))
+    for feature in range(6):
+        kernel[feature, feature % 3] += 0.3
+        matrix[feature % 3, feature] += 1
+    return {
+        "kernel": kernel.astype(numpy.float32),
+        "matrix": matrix.astype(numpy.float32),
+        "bias": draw.normal(0, 0.01, 3).astype(numpy.float32),
+    }
+
+
+def network(images: Tensor) -> Tensor:
+    """What every file here computes from what it is given in NCHW, RGB."""
+    own = {name: torch.from_numpy(value).to(images) for name, value in weights().items()}
+    features = functional.conv2d(images, own["kernel"], stride=2, padding=1).relu().mean((2, 3))
+    return features @ own["matrix"].T + own["bias"]
+
+
+def file(
+    path: Path,
+    *,
+    shape: Sequence[int | str] = ("batch", 3, SIDE, SIDE),
+    element: int = TensorProto.FLOAT,
+    nhwc: bool = False,
+    softmax: bool = False,
+    second: Sequence[int | str] | None = None,
+    metadata: dict[str, str] | None = None,
+    constants: bool = False,
+    scores: Sequence[int | str] | None = ("batch", 3),
+) -> Path:
+    kind = TensorProto.FLOAT16 if element == TensorProto.FLOAT16 else TensorProto.FLOAT
+    stored = {
+        name: value.astype(numpy.float16 if kind == TensorProto.FLOAT16 else numpy.float32)
+        for name, value in weights().items()
+    }
+    nodes, x = [], "images"
+    if element == TensorProto.UINT8:
+        nodes += [helper.make_node("Cast", [x], ["float"], to=kind), helper.make_node("Mul", ["float", "level"], ["x"])]
+        stored["level"], x = numpy.array(1 / 255, numpy.float32), "x"
+    if nhwc:
+        nodes.append(helper.make_node("Transpose", [x], ["nchw"], perm=[0, 3, 1, 2]))
+        x = "nchw"
+    nodes += [
+        helper.make_node("Conv", [x, "kernel"], ["conv"], strides=[2, 2], pads=[1, 1, 1, 1], kernel_shape=[3, 3]),
+        helper.make_node("Relu", ["conv"], ["relu"]),
+        helper.make_node("GlobalAveragePool", ["relu"], ["pool"]),
+        helper.make_node("Flatten", ["pool"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "matrix", "bias"], ["scores"], transB=1),
+    ]
+    if softmax:
+        nodes.append(helper.make_node("Softmax", ["scores"], ["probabilities"], axis=1))
+    if constants:
+        given = [helper.make_node("Constant", [], [n], value=numpy_helper.from_array(v)) for n, v in stored.items()]
+        nodes, stored = [*given, *nodes], {}
+    outputs = [helper.make_tensor_value_info("probabilities" if softmax else "scores", kind, scores)]
+    if second is not None:
+        outputs.append(helper.make_tensor_value_info("pool" if len(second) == 4 else "flat", kind, second))
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("images", element, shape)],
+        outputs,
+        [numpy_helper.from_array(value, name) for name, value in stored.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    helper.set_model_props(model, metadata or {})
+    onnx.save(model, path)
+    return path
+
+
+def opened(path: Path, said: Said | None = None) -> tuple[Ported, Ported | None]:
+    """The file in its runtime, and its twin."""
+    model = foreign.read(path)
+    port = foreign.port(path, model, said or Said())
+    raw = runtime.open(path, threads=1, output=port.output)
+    return Ported(port, raw, differentiable=False), foreign.twin(path, model, port)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randint(0, 256, (7, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0)) / 255
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, None),
+        ({"constants": True}, None),
+        ({"shape": ("batch", 3, "height", "width")}, None),
+        ({"shape": (1, 3, SIDE, SIDE), "scores": (1, 3)}, None),
+        ({"shape": (4, 3, SIDE, SIDE), "scores": (4, 3)}, None),
+        ({"shape": ("batch", SIDE, SIDE, 3), "nhwc": True}, None),
+        ({"shape": ("batch", "h", "w", "c"), "nhwc": True}, Said(layout="nhwc")),
+        ({"element": TensorProto.UINT8}, None),
+        ({"second": ("batch", 6, 1, 1)}, None),
+        ({"second": ("batch", 6)}, Said(output="scores")),
+        ({"metadata": {"layout": "NCHW"}, "shape": ("batch", "c", "h", "w")}, None),
+    ],
+)
+def test_however_a_file_is_fed_it_answers_what_its_network_computes(tmp_path, images, options, said) -> None:
+    judge, twin = opened(file(tmp_path / "net.onnx", **options), said)
+    expected = network(images)
+    assert torch.allclose(judge(images), expected, atol=1e-5)
+    assert twin is not None
+    assert torch.allclose(twin(images), expected, atol=1e-5)
+    x, y = images.clone().requires_grad_(), images.clone().requires_grad_()
+    twin(x)[:, 1].sum().backward()
+    network(y)[:, 1].sum().backward()
+    assert x.grad is not None and y.grad is not None
+    assert torch.allclose(x.grad, y.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said", "expected"),
+    [
+        ({}, Said(mean="0.5,0.4,0.3", std="0.2,0.25,0.3"), lambda x: network((x - mean()) / std())),
+        ({}, Said(mean="127.5/255", std="0.5"), lambda x: network((x - 0.5) / 0.5)),
+        ({}, Said(channels="bgr"), lambda x: network(x.flip(1))),
+        (
+            {},
+            Said(channels="bgr", mean="0.5,0.4,0.3", std="0.2,0.25,0.3"),
+            lambda x: network(((x - mean()) / std()).flip(1)),
+        ),
+        (
+            {"mean": "[0.5, 0.4, 0.3]", "std": "[0.2, 0.25, 0.3]", "channels": "BGR"},
+            Said(),
+            lambda x: network(((x - mean()) / std()).flip(1)),
+        ),
+        ({"mean": "[0.5, 0.4, 0.3]", "std": "[0.2, 0.25, 0.3]"}, Said(mean="0", std="1"), network),
+    ],
+)
+def test_normalization_and_order_come_from_the_options_then_from_the_metadata(
+    tmp_path, images, metadata: dict[str, str], said: Said, expected: Callable[[Tensor], Tensor]
+) -> None:
+    judge, twin = opened(file(tmp_path / "net.onnx", metadata=metadata), said)
+    assert torch.allclose(judge(images), expected(images), atol=1e-4)
+    assert twin is not None
+    assert torch.allclose(twin(images), expected(images), atol=1e-4)
+
+
+def mean() -> Tensor:
+    return torch.tensor(MEAN).view(1, 3, 1, 1)
+
+
+def std() -> Tensor:
+    return torch.tensor(STD).view(1, 3, 1, 1)
+
+
+def test_a_half_precision_file_is_fed_in_half_precision(tmp_path, images) -> None:
+    judge, _ = opened(file(tmp_path / "net.onnx", element=TensorProto.FLOAT16))
+    assert torch.allclose(judge(images), network(images), atol=0.02)
+
+
+def test_scores_are_the_logarithms_of_probabilities(tmp_path, images) -> None:
+    judge, _ = opened(file(tmp_path / "net.onnx", softmax=True))
+    assert judge.port.probabilities
+    assert torch.allclose(judge(images), network(images).log_softmax(1), atol=1e-5)
+
+
+def test_an_output_that_is_not_wanted_costs_no_operator(tmp_path) -> None:
+    model = foreign.read(file(tmp_path / "net.onnx", second=("batch", 6)))
+    assert [node.op_type for node in foreign.pruned(model, "flat").graph.node][-1] == "Flatten"
+    assert [one.name for one in foreign.pruned(model, "flat").graph.output] == ["flat"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "sentence"),
+    [
+        ({"shape": ("batch", "c", "h", "w")}, Said(), "Say --layout nchw or --layout nhwc"),
+        ({"shape": ("batch", 3, SIDE, 3)}, Said(), "Say --layout"),
+        ({"shape": ("batch", 3, SIDE)}, Said(), "it has not four dimensions"),
+        ({}, Said(layout="nhwc"), "with nhwc it has 8 channels"),
+        ({}, Said(layout="nchv"), "Did you mean 'nchw'"),
+        ({}, Said(channels="gbr"), "--channels"),
+        ({}, Said(mean="0.5,0.5"), "one per channel"),
+        ({}, Said(mean="123.7,116.3,103.5", std="58,57,57"), "Write 123/255"),
+        ({}, Said(std="0"), "above 0"),
+        ({}, Said(mean="half"), "should be numbers"),
+        ({"second": ("batch", 6)}, Said(), "Say --output NAME"),
+        ({}, Said(output="score"), "Did you mean 'scores'"),
+        ({"metadata": {"classes": '["a", "b"]'}}, Said(), "2 class names for the 3 scores"),
+    ],
+)
+def test_what_is_not_said_is_asked_for_and_what_is_wrong_is_named(tmp_path, options, said, sentence) -> None:
+    with pytest.raises(EdgekitError, match=sentence.replace("(", "[(]")) as caught:
+        opened(file(tmp_path / "net.onnx", **options), said)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_beside_the_file_are_read_and_those_elsewhere_are_not(tmp_path, images) -> None:
+    model = onnx.load(file(tmp_path / "inside.onnx"))
+    beside = tmp_path / "model"
+    beside.mkdir()
+    onnx.save(model, beside / "net.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    judge, _ = opened(beside / "net.onnx")
+    assert torch.allclose(judge(images), network(images), atol=1e-5)
+    before = foreign.fingerprint(beside / "net.onnx", ["w.bin"])
+    (beside / "w.bin").write_bytes((beside / "w.bin").read_bytes()[:-1] + b"\x00")
+    assert foreign.fingerprint(beside / "net.onnx", ["w.bin"]) != before
+    (beside / "w.bin").rename(tmp_path / "w.bin")
+    with pytest.raises(EdgekitError, match=r"'w\.bin' is missing"):
+        foreign.read(beside / "net.onnx")
+    (beside / "w.bin").symlink_to(tmp_path / "w.bin")
+    with pytest.raises(EdgekitError, match="outside its folder"):
+        foreign.read(beside / "net.onnx")
+    stray = onnx.load(beside / "net.onnx", load_external_data=False)
+    for tensor in stray.graph.initializer:
+        next(entry for entry in tensor.external_data if entry.key == "location").value = "../w.bin"
+    (beside / "stray.onnx").write_bytes(stray.SerializeToString())
+    with pytest.raises(EdgekitError, match="outside its folder"):
+        foreign.read(beside / "stray.onnx")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x07" * 50, b"PK\x03\x04zip"])
+def test_what_is_no_model_is_refused(tmp_path, content) -> None:
+    (tmp_path / "net.onnx").write_bytes(content)
+    with pytest.raises(EdgekitError, match=r"not an ONNX model|an invalid ONNX graph"):
+        foreign.read(tmp_path / "net.onnx")
+
+
+def test_a_graph_whose_nodes_do_not_join_is_refused(tmp_path) -> None:
+    model = onnx.load(file(tmp_path / "net.onnx"))
+    model.graph.node[0].input[1] = "nowhere"
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EdgekitError, match="an invalid ONNX graph"):
+        foreign.read(tmp_path / "net.onnx")
+
+
+def test_a_torchscript_file_from_elsewhere_is_code_and_is_not_opened(tmp_path) -> None:
+    (tmp_path / "net.pt").write_bytes(b"PK")
+    with pytest.raises(EdgekitError, match="are code"):
+        foreign.read(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize(
+    ("folders", "names", "expected", "named"),
+    [
+        (["eel", "cat"], CLASSES, [2, 0], True),
+        (["Eel ", "CAT"], CLASSES, [2, 0], True),
+        (["cat", "eel"], ["cat", "dog", "eel"], [0, 2], True),
+        (["ant", "bee"], CLASSES, [0, 1], False),
+        (["cat", "bee"], CLASSES, [0, 1], False),
+        (["090", "7"], ["7", "90", "x"], [1, 0], True),
+        (["a", "b"], None, [0, 1], False),
+        (["sea_lion", "x"], ["x", "Sea lion", "y"], [1, 0], True),
+    ],
+)
+def test_folders_find_their_scores(folders, names, expected, named) -> None:
+    assert foreign.matched(folders, names, 3) == (expected, named)
+
+
+def test_more_folders_than_scores_are_refused() -> None:
+    with pytest.raises(EdgekitError, match="4 class folders are more than the file's 3"):
+        foreign.matched(list("abcd"), None, 3)
+
+
+@pytest.mark.parametrize(
+    "text", ['["cat", "dog", "eel"]', "{0: 'cat', 1: 'dog', 2: 'eel'}", '{"2": "eel", "0": "cat", "1": "dog"}']
+)
+def test_class_names_are_read_from_metadata_of_several_forms(tmp_path, text) -> None:
+    path = file(tmp_path / "net.onnx", metadata={"names": text})
+    assert foreign.port(path, foreign.read(path), Said()).names == CLASSES
+
+
+def test_class_names_of_the_users_file_come_first(tmp_path) -> None:
+    path = file(tmp_path / "net.onnx", metadata={"names": '["x", "y", "z"]'})
+    (tmp_path / "names.txt").write_text("cat\ndog\n\neel\n")
+    assert foreign.port(path, foreign.read(path), Said(classes=tmp_path / "names.txt")).names == CLASSES
+
+
+# Through the command line ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Path:
+    """A working directory with a file, and photos that are labelled as the file answers, one in five otherwise."""
+    monkeypatch.chdir(tmp_path)
+    file(tmp_path / "net.onnx", metadata={"names": json.dumps(CLASSES)})
+    draw = numpy.random.default_rng(1)
+    for number in range(60):
+        pixels = (255 * draw.random((SIDE, SIDE, 3)) ** draw.uniform(0.3, 3, 3)).astype(numpy.uint8)
+        score = network(torch.from_numpy(pixels / 255).float().permute(2, 0, 1)[None])[0]
+        label = int(score.argmax()) if number % 5 else int(score.argmin())
+        folder = tmp_path / "photos" / CLASSES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return tmp_path
+
+
+def verify(desk: Path, *words: Any) -> tuple[int, dict[str, Any], str]:
+    done = command("verify", desk / "net.onnx", "--json", *words, cwd=desk)
+    return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
+
+
+def test_a_file_of_no_run_is_measured_and_its_verdict_is_kept(desk) -> None:
+    code, verdict, said = verify(desk, "--data", "photos", "--attack", "pgd5", "--epsilon", "2/255")
+    (one,) = verdict["artifacts"]
+    assert (code, verdict["verdict"], one["verdict"]) == (0, "measured", "measured")
+    assert one["clean_accuracy"]["value"] == 48 / 60
+    assert 0 < one["robust_accuracy"]["value"] < 48 / 60
+    assert one["twin"]["agreement"] == 1
+    assert not {"change", "float_robust_accuracy", "agreement"} & set(one)
+    assert "float" not in verdict
+    assert "The file takes images RGB, NCHW, 8 x 8, in [0, 1], not normalized; it answers scores" in said
+    kept = desk / "edgekit-verdicts" / "1"
+    assert json.loads((kept / "verdict.json").read_text()) == verdict
+    assert len((kept / "samples.jsonl").read_text().splitlines()) == 60
+    assert verify(desk, "--data", "photos", "--attack", "fgsm", "--epsilon", "2/255")[1]["looks"] == 2
+
+
+@pytest.mark.parametrize(("floor", "code", "word"), [(1, 0, "survived"), (99, 1, "lost")])
+def test_a_floor_makes_it_a_verdict(desk, floor, code, word) -> None:
+    options = ("--data", "photos", "--attack", "fgsm", "--epsilon", "0.001", "--at-least", floor)
+    found, verdict, _ = verify(desk, *options)
+    assert (found, verdict["verdict"]) == (code, word)
+
+
+def test_another_model_lends_its_gradients(desk) -> None:
+    file(desk / "other.onnx")
+    words = ("--data", "photos", "--attack", "pgd5", "--epsilon", "2/255")
+    _, verdict, _ = verify(desk, *words, "--source", "other.onnx")
+    assert set(verdict["artifacts"][0]["attacks"][0]["sources"]) == {"twin", "other"}
+
+
+def test_a_file_that_only_guesses_is_not_decided(desk) -> None:
+    for number, label in enumerate(CLASSES):  # every folder under another name
+        (desk / "photos" / label).rename(desk / "photos" / f"{number}")
+    for number in range(3):
+        (desk / "photos" / f"{number}").rename(desk / "photos" / CLASSES[(number + 1) % 3])
+    code, verdict, _ = verify(desk, "--data", "photos", "--attack", "fgsm", "--at-least", 1)
+    assert (code, verdict["verdict"]) == (3, "inconclusive")
+    assert "no more than guessing" in verdict["artifacts"][0]["why"]
+
+
+def test_bad_photos_and_options_are_one_sentence(desk) -> None:
+    empty = desk / "empty"
+    (empty / "cat").mkdir(parents=True)
+    big = desk / "big" / "cat"
+    big.mkdir(parents=True)
+    Image.new("RGB", (9, 12)).save(big / "a.png")
+    for words, sentence in (
+        ((), "Say --data FOLDER"),
+        (("--data", "nowhere"), "there is no such folder"),
+        (("--data", "empty"), "the class has no images"),
+        (("--data", "big/cat"), "no class folders"),
+        (("--data", "big"), "the image is 12 x 9 pixels, the file takes 8 x 8. Say --resize"),
+        (("--data", "photos", "--size", "9"), "the file takes 8 x 8 pixels and nothing else"),
+        (("--data", "photos", "--classes", "none.txt"), "--classes none.txt: there is no such file"),
+        (("--data", "photos", "--source", "none.onnx"), "none.onnx: there is no such file"),
+    ):
+        code, verdict, said = verify(desk, "--attack", "fgsm", *words)
+        assert (code, verdict) == (2, {}), words
+        assert sentence in said
+        assert "Traceback" not in said
+    assert not (desk / "edgekit-verdicts").exists()
+
+
+def test_photos_of_another_size_are_resized_when_asked(desk) -> None:
+    big = desk / "big" / "cat"
+    big.mkdir(parents=True)
+    Image.new("RGB", (16, 16), (200, 30, 90)).save(big / "a.png")
+    code, verdict, _ = verify(desk, "--data", "big", "--resize", "--attack", "fgsm")
+    assert (code, verdict["samples"]) == (0, 1) or verdict["verdict"] == "inconclusive"
