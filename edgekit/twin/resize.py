@@ -85,7 +85,8 @@ def _along(node: Node, value: Value, axis: int, resized: tuple[int, int, float])
 
 def _places(node: Node, old: int, new: int, scale: float) -> numpy.ndarray:
     transformation = node.get("coordinate_transformation_mode", "half_pixel")
-    return numpy.asarray(_COORDINATES[transformation](numpy.arange(new, dtype=numpy.float64), scale, old, new))
+    # In float32, as the runtimes compute: where a place falls between two, the last bit decides which is nearest.
+    return _COORDINATES[transformation](numpy.arange(new, dtype=numpy.float32), numpy.float32(scale), old, new)
 
 
 def _nearest(node: Node, old: int, new: int, scale: float) -> numpy.ndarray:
