@@ -24,7 +24,7 @@ from edgekit.files import digest, sha256
 from edgekit.recipe import number
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto, ValueInfoProto
+    from onnx import ModelProto, ValueInfoProto
 
 LAYOUTS, CHANNELS = ("nchw", "nhwc"), ("rgb", "bgr")
 SMALLEST_PROBABILITY = 1e-30  # below it a probability is taken for this one: its logarithm must stay finite
@@ -276,52 +276,16 @@ def count_classes(path: Path, port: Port, raw: Callable[[Tensor], Tensor], said:
     return Ported(port, raw, differentiable=False)(image).shape[1]
 
 
-def twin(path: Path, model: "ModelProto", port: Port) -> Ported | None:
+def twin(path: Path, port: Port) -> Ported | None:
     """The differentiable copy of the file behind its port; None, and said so, where an operator has no rule."""
     try:
-        copy = twins.Twin(pruned(model, port.output), path)
+        copy = twins.open(path, port.output)
     except EdgekitError as error:
         say(f"{error}: attacks must follow the scores, or a --source")
         return None
-    # The copy's scores are taken before a softmax: their logarithm need not be taken again.
-    return Ported(
-        replace(port, probabilities=port.probabilities and not copy.before_softmax), copy, differentiable=True
-    )
-
-
-def pruned(model: "ModelProto", output: str) -> "ModelProto":
-    """A copy whose one output is `output`, without the nodes that it does not need."""
-    import onnx
-
-    made_by = {name: node for node in model.graph.node for name in node.output}
-    needed, open_names = set(), [output]
-    while open_names:
-        name = open_names.pop()
-        if (node := made_by.get(name)) is not None and id(node) not in needed:
-            needed.add(id(node))
-            open_names += [one for one in node.input if one] + _captured(node)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    keep = [index for index, node in enumerate(model.graph.node) if id(node) in needed]
-    nodes = [copy.graph.node[index] for index in keep]
-    outputs = [one for one in copy.graph.output if one.name == output] or [onnx.ValueInfoProto(name=output)]
-    graph = onnx.helper.make_graph(
-        nodes, copy.graph.name, copy.graph.input, outputs, copy.graph.initializer, value_info=copy.graph.value_info
-    )
-    copy.graph.CopyFrom(graph)
-    return copy
-
-
-def _captured(node: "NodeProto") -> list[str]:
-    """Names that the bodies of a control flow node read from around it."""
-    return [
-        name
-        for attribute in node.attribute
-        for body in ([attribute.g] if attribute.HasField("g") else [])
-        for inner in body.node
-        for name in [*inner.input, *_captured(inner)]
-        if name
-    ]
+    # Where the copy answers what comes before a softmax, no logarithm is to be taken.
+    inside = replace(port, probabilities=port.probabilities and copy.before_softmax is None, batch=None)
+    return Ported(inside, copy, differentiable=True)
 
 
 def _input(path: Path, model: "ModelProto") -> "ValueInfoProto":

@@ -208,7 +208,7 @@ def _of_file(
 
     def subject() -> Subject:
         opened = partial(onnx.open, path, threads=threads, output=port.output)
-        copy = foreign.twin(path, model, port)
+        copy = foreign.twin(path, port)
         return Subject(
             **about,
             judged_on=judge.judged_on("onnx"),
@@ -240,7 +240,7 @@ def _surrogate(path: Path, assignment: Assignment) -> dict[str, Classifier]:
     else:
         model = foreign.read(path)
         port = foreign.port(path, model, Said())
-        network = foreign.twin(path, model, port)
+        network = foreign.twin(path, port)
         if network is None:
             raise EdgekitError("no gradients go through this file", where=f"--source {path}")
     images = assignment.split.images[:2].float() / 255

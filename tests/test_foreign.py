@@ -103,7 +103,7 @@ def opened(path: Path, said: Said | None = None) -> tuple[Ported, Ported | None]
     model = foreign.read(path)
     port = foreign.port(path, model, said or Said())
     raw = runtime.open(path, threads=1, output=port.output)
-    return Ported(port, raw, differentiable=False), foreign.twin(path, model, port)
+    return Ported(port, raw, differentiable=False), foreign.twin(path, port)
 
 
 @pytest.fixture
@@ -185,12 +185,6 @@ def test_scores_are_the_logarithms_of_probabilities(tmp_path, images) -> None:
     judge, _ = opened(file(tmp_path / "net.onnx", softmax=True))
     assert judge.port.probabilities
     assert torch.allclose(judge(images), network(images).log_softmax(1), atol=1e-5)
-
-
-def test_an_output_that_is_not_wanted_costs_no_operator(tmp_path) -> None:
-    model = foreign.read(file(tmp_path / "net.onnx", second=("batch", 6)))
-    assert [node.op_type for node in foreign.pruned(model, "flat").graph.node][-1] == "Flatten"
-    assert [one.name for one in foreign.pruned(model, "flat").graph.output] == ["flat"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,24 @@
+"""A model file -> a differentiable copy of that very file.
+
+An interpreter of the ONNX graph in torch. Integer tensors are computed as ONNX Runtime computes them (integers.py),
+floats in float32 whatever the file says.
+"""
+
+from pathlib import Path
+
+from edgekit.twin.graph import read
+from edgekit.twin.module import Twin
+
+__all__ = ["Twin", "open"]
+
+
+def open(path: Path, output: str | None = None) -> Twin:
+    """The differentiable copy of an ONNX file, in eval mode on the CPU.
+
+    Args:
+        output: the name of the output that holds the scores; needed where the file has several outputs.
+    Raises:
+        EdgekitError: the file is no ONNX graph, an invalid one, one with several inputs or outputs, or it has an
+            operator without a rule here (named, with its node).
+    """
+    return Twin(read(path, output))
