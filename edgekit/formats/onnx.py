@@ -5,13 +5,14 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 from torch import Tensor
 
+from edgekit import ort
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import EdgekitError
 from edgekit.models import Network
@@ -75,37 +76,32 @@ def write_model(model: "ModelProto", folder: Path, metadata: dict[str, str]) -> 
     (folder / FILE).write_bytes(model.SerializeToString(deterministic=True))
 
 
-def open(path: Path, *, threads: int | None = None, precise: bool = False) -> Classifier:
-    """The file in ONNX Runtime on the CPU.
+def open(
+    path: Path,
+    *,
+    threads: int | None = None,
+    precise: bool = False,
+    options: Mapping[str, str] | None = None,
+    optimization: str = "all",
+    output: str | None = None,
+) -> Classifier:
+    """The file in ONNX Runtime on the CPU, in this process.
 
     Args:
         threads: of one inference; None is the runtime's own choice.
         precise: 8-bit products never saturate (session.x64quantprecision), whatever the processor.
+        options, optimization, output: as in ort.Session.
     Returns:
         Classifier: (N, C, H, W) float32 in [0, 1] on any device -> (N, K) float32 logits there; no gradients.
     Raises:
         EdgekitError: ONNX Runtime does not take the file.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    # Spinning threads keep a core busy while torch makes the next gradient on it.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if precise:
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    try:
-        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's own classes have no common base but this
-        raise EdgekitError(
-            f"ONNX Runtime does not take the file ({str(error).splitlines()[0][:200]})", where=path
-        ) from None
-    name = session.get_inputs()[0].name
+    entries = {**(ort.PRECISE if precise else {}), **(options or {})}
+    session = ort.Session(path, threads=threads, options=entries, optimization=optimization, output=output)
 
     def run(images: Tensor) -> Tensor:
-        pixels = numpy.ascontiguousarray(images.detach().to("cpu", torch.float32).numpy())
-        return torch.from_numpy(session.run(None, {name: pixels})[0]).to(images.device)
+        pixels = images.detach().to("cpu", torch.float32).numpy()
+        return torch.from_numpy(session(pixels)).to(images.device)
 
     return Wrapped(run, differentiable=False)
 
