@@ -292,7 +292,8 @@ def _compare_latency(run: Run, low: Job, full: Job, images: Tensor) -> dict[str,
     def asker(judged: Classifier, batch: Tensor) -> Callable[[], object]:
         return lambda: judged(batch)
 
-    opened = [judge.open(artifacts.load(run.artifacts / job.name), threads=1) for job in (low, full)]
+    # In this process: a latency holds no pipes.
+    opened = [judge.open(artifacts.load(run.artifacts / job.name), threads=1, isolated=False) for job in (low, full)]
     result: dict[str, Any] = {"artifact": low.name, "against": full.name, "threads": 1, "batches": []}
     for batch in (1, 32):
         pixels = images[:1].expand(batch, -1, -1, -1).contiguous() if len(images) < batch else images[:batch]

@@ -64,7 +64,6 @@ class Port:
 
     Attributes:
         input, output: names of the tensors.    element: the ONNX element type of the input, such as "float16".
-        batch: the fixed batch size of the file, None where it takes any.
         channels: 1 or 3.    height, width: None where the file takes any.
         classes: the number K, None where only a run would tell.
         mean, std: (C,) in units of [0, 1]; None: the normalization is inside, or there is none.
@@ -75,7 +74,6 @@ class Port:
     input: str
     output: str
     element: str
-    batch: int | None
     channels: int
     height: int | None
     width: int | None
@@ -119,25 +117,16 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 class Ported:
-    """A raw runtime behind a Port: a Classifier of [0, 1] images.
+    """A raw runtime or twin behind a Port: a Classifier of [0, 1] images.
 
-    `raw` takes what the file eats, as float32 (N, …), and answers float32 (N, …); a file with a fixed batch size gets
-    full batches, the last one filled up with copies.
+    `raw` takes what the file eats, as float32 (N, …), in any number, and answers float32 (N, …).
     """
 
     def __init__(self, port: Port, raw: Callable[[Tensor], Tensor], *, differentiable: bool) -> None:
         self.port, self.raw, self.differentiable = port, raw, differentiable
 
     def __call__(self, images: Tensor) -> Tensor:
-        eaten = self.port.eat(images)
-        if self.port.batch is None:
-            return self.port.scores(self.raw(eaten))
-        answers = []
-        for part in eaten.split(self.port.batch):
-            missing = self.port.batch - len(part)
-            filled = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
-            answers.append(self.raw(filled)[: len(part)])
-        return self.port.scores(torch.cat(answers))
+        return self.port.scores(self.raw(self.port.eat(images)))
 
 
 # The file -------------------------------------------------------------------------------------------------------------
@@ -238,7 +227,6 @@ def port(path: Path, model: "ModelProto", said: Said) -> Port:
         input=given.name,
         output=answer.name,
         element=element,
-        batch=sizes[0],
         channels=channels,
         height=sizes[2],
         width=sizes[3],
@@ -284,7 +272,7 @@ def twin(path: Path, port: Port) -> Ported | None:
         say(f"{error}: attacks must follow the scores, or a --source")
         return None
     # Where the copy answers what comes before a softmax, no logarithm is to be taken.
-    inside = replace(port, probabilities=port.probabilities and copy.before_softmax is None, batch=None)
+    inside = replace(port, probabilities=port.probabilities and copy.before_softmax is None)
     return Ported(inside, copy, differentiable=True)
 
 

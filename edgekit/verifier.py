@@ -26,7 +26,6 @@ from edgekit.errors import ENVIRONMENT, EdgekitError, printable
 from edgekit.examine import Advance, Beside, Examined, Subject, Trial, examine, share
 from edgekit.files import sha256
 from edgekit.foreign import Said
-from edgekit.formats import onnx
 from edgekit.recipe import number, read
 from edgekit.runs import Run
 from edgekit.statistics import power_sentence
@@ -192,8 +191,8 @@ def _of_file(
         raise EdgekitError(
             "this file belongs to no run: it needs photos to be judged on", where=path, mend="Say --data FOLDER"
         )
-    raw = onnx.open(path, threads=1, output=port.output)
-    classes = port.classes or foreign.count_classes(path, port, raw, said)
+    opened = partial(judge.open, path, threads=machine.cores(), output=port.output)
+    classes = port.classes or foreign.count_classes(path, port, opened(), said)
     photos = foreign.photos(folder, port, classes, said, samples or SAMPLES, seed)
     _few(photos.split, samples)
     threads = machine.cores()
@@ -207,7 +206,6 @@ def _of_file(
     }
 
     def subject() -> Subject:
-        opened = partial(onnx.open, path, threads=threads, output=port.output)
         copy = foreign.twin(path, port)
         return Subject(
             **about,

@@ -12,7 +12,7 @@ ROOT = Path(edgekit.__file__).parent
 FLOORS = [
     "__main__", "cli", "exporter", "quantize", "train", "verifier", "archive", "examine", "foreign", "report",
     "methods", "attacks", "twin", "judge", "formats", "models", "data", "artifact", "verdict", "statistics", "runs",
-    "recipe", "machine", "console", "shipped", "classifier", "randomness", "files", "errors",
+    "recipe", "machine", "console", "shipped", "classifier", "ort", "randomness", "files", "errors",
 ]  # fmt: skip
 
 

@@ -5,13 +5,14 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 from torch import Tensor
 
+from edgekit import ort
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import EdgekitError
 from edgekit.models import Network
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 FILE = "model.onnx"
-_NUMPY = {
-    f"tensor({name})": numpy.dtype(kind)
-    for name, kind in {"float": "f4", "float16": "f2", "double": "f8", "uint8": "u1"}.items()
-}
 
 
 def lower(network: Network) -> "ModelProto":
@@ -79,42 +76,32 @@ def write_model(model: "ModelProto", folder: Path, metadata: dict[str, str]) -> 
     (folder / FILE).write_bytes(model.SerializeToString(deterministic=True))
 
 
-def open(path: Path, *, threads: int | None = None, precise: bool = False, output: str | None = None) -> Classifier:
-    """The file in ONNX Runtime on the CPU.
+def open(
+    path: Path,
+    *,
+    threads: int | None = None,
+    precise: bool = False,
+    options: Mapping[str, str] | None = None,
+    optimization: str = "all",
+    output: str | None = None,
+) -> Classifier:
+    """The file in ONNX Runtime on the CPU, in this process.
 
     Args:
         threads: of one inference; None is the runtime's own choice.
         precise: 8-bit products never saturate (session.x64quantprecision), whatever the processor.
-        output: the name of the tensor that is answered; the first by default.
+        options, optimization, output: as in ort.Session.
     Returns:
-        Classifier: (N, …) float32 on any device, cast to what the file's input holds -> (N, …) float32 there; no
-            gradients. For a file that edgekit wrote: (N, C, H, W) in [0, 1] -> (N, K) logits.
+        Classifier: (N, C, H, W) float32 in [0, 1] on any device -> (N, K) float32 logits there; no gradients.
     Raises:
         EdgekitError: ONNX Runtime does not take the file.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    # Spinning threads keep a core busy while torch makes the next gradient on it.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if precise:
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    try:
-        # By its path: weights beside the file are found.
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's own classes have no common base but this
-        raise EdgekitError(
-            f"ONNX Runtime does not take the file ({str(error).splitlines()[0][:200]})", where=path
-        ) from None
-    given, wanted = session.get_inputs()[0], [output or session.get_outputs()[0].name]
-    kind = _NUMPY[given.type]
+    entries = {**(ort.PRECISE if precise else {}), **(options or {})}
+    session = ort.Session(path, threads=threads, options=entries, optimization=optimization, output=output)
 
     def run(images: Tensor) -> Tensor:
-        pixels = images.detach().to("cpu", torch.float32).contiguous().numpy()
-        pixels = pixels.astype(kind, copy=False) if kind.kind == "f" else pixels.round().astype(kind)
-        return torch.from_numpy(session.run(wanted, {given.name: pixels})[0]).float().to(images.device)
+        pixels = images.detach().to("cpu", torch.float32).numpy()
+        return torch.from_numpy(session(pixels)).to(images.device)
 
     return Wrapped(run, differentiable=False)
 

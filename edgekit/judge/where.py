@@ -1,23 +1,12 @@
-"""An exported file -> the Classifier that runs it in its own runtime, and the words for where that was."""
+"""The words for where a file was judged."""
 
 import functools
 import importlib.metadata
 from typing import Any
 
 from edgekit import machine
-from edgekit.artifact import Artifact
-from edgekit.classifier import Classifier
-from edgekit.formats import FORMATS
 
 RUNTIME = {"onnx": "onnxruntime", "torchscript": "torch"}
-
-
-def open(artifact: Artifact, *, threads: int | None = None) -> Classifier:
-    """The artifact as a Classifier: (N, C, H, W) float32 in [0, 1] -> (N, K) float32 logits; no gradients.
-
-    Its digest was checked when it was loaded. The runtime works in this process.
-    """
-    return FORMATS[artifact.format].open(artifact.path, threads=threads)
 
 
 @functools.cache
