@@ -76,12 +76,13 @@ def export(
     jobs = _jobs(formats, int8, fp16, label)
     place = runs.find(run)
     torch.set_flush_denormal(True)
-    student = models.load(place.student)
+    recipe = read(place.recipe_file)
+    student = models.load(place.student, factory=recipe.student.architecture)
     made_from = _made_from(place)
     standing = [_standing(place.artifacts / job.name, made_from, job, force) for job in jobs]
     compared = calibration = torch.empty(0)
     if not all(standing):  # reading the data may take a while; where nothing is to be written nobody waits for it
-        dataset = data.load(read(place.recipe_file).data)
+        dataset = data.load(recipe.data)
         if dataset.sha256 != made_from["data_sha256"]:
             raise EdgekitError(
                 "the data has changed since the student was trained", where=dataset.name, mend="Train again"
