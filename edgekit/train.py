@@ -473,7 +473,8 @@ def _load_checkpoint(run: Run) -> dict[str, Any] | None:
     if not run.checkpoint.is_file():
         return None
     try:
-        state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
+        # Through memory here too: from a file torch reports one that is cut off as a fault of the disk.
+        state = torch.load(io.BytesIO(run.checkpoint.read_bytes()), map_location="cpu", weights_only=True)
         if isinstance(state, dict) and state.keys() >= {"student", "optimizer", "scaler", "log", "best", "data"}:
             return state
         raise ValueError("a part is missing")
