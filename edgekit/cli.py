@@ -79,7 +79,7 @@ def distill(
 def export(
     run: Annotated[Path | None, typer.Argument(help="A run folder.  [default: the latest run]")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Write int8 files too.")] = False,
-    fp16: Annotated[bool, typer.Option("--fp16", help="Write fp16 files too.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Not yet: no format of this version writes fp16.")] = False,
     format: Annotated[str | None, typer.Option(metavar="F,…", help="onnx, torchscript.")] = None,
     label: Annotated[
         str | None, typer.Option(help="Part of the artifact's name, to keep several side by side.")

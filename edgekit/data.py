@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from edgekit.randomness import integers
 from edgekit.recipe import Data
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_DECODER = "2"  # raised with every change of what _decode makes of a file: older caches are decoded again
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,18 @@ def _folder(folder: Path, size: int | None) -> tuple[Tensor, Tensor, Tensor | No
         raise EdgekitError(
             "there is no such data folder", where=folder, mend="Name digits, cifar10, cifar100 or a folder"
         )
-    divided = (folder / "train").is_dir() and (folder / "test").is_dir()
-    roots = [folder / "train", folder / "test"] if divided else [folder]
-    classes = sorted({path.name for root in roots for path in root.iterdir() if path.is_dir() and path.name[0] != "."})
+    halves = [folder / name for name in ("train", "test")]
+    # A folder `train` of images is a class like any other; one of folders is a half of the data.
+    there = [half for half in halves if half.is_dir() and any(_classes(half))]
+    if len(there) == 1:
+        (missing,) = {*halves} - {*there}
+        raise EdgekitError(
+            f"{there[0].name}/ holds classes, {missing.name}/ holds none",
+            where=folder,
+            mend=f"Add {missing.name}/CLASS/*.jpg, or name {there[0]}, of which a part is then set aside for the test",
+        )
+    roots = there or [folder]
+    classes = sorted({path.name for root in roots for path in _classes(root)})
     files = [
         (path, label, number == 1)
         for number, root in enumerate(roots)
@@ -213,22 +223,44 @@ def _folder(folder: Path, size: int | None) -> tuple[Tensor, Tensor, Tensor | No
         )
     if len(classes) < 2:
         raise EdgekitError("there is only one class", where=folder, mend="A classifier needs two folders or more")
-    for half in {test for _, _, test in files} if divided else ():
+    counted = {(int(tested), label) for _, label, tested in files}
+    for number, root in enumerate(roots):
         for label, name in enumerate(classes):
-            if not any(one == label and test == half for _, one, test in files):
-                raise EdgekitError("the class has no images", where=roots[half] / name)
+            if (number, label) not in counted:
+                raise EdgekitError(
+                    "the class has no images", where=root / name, mend=f"An image ends in {', '.join(sorted(IMAGES))}"
+                )
+    for path, _, _ in files:
+        if not path.is_file():
+            fault = "the link leads nowhere" if path.is_symlink() else "this is no file"
+            raise EdgekitError(fault, where=path, mend="Mend or remove it")
     stats = [path.stat() for path, _, _ in files]
     listing = [
         f"{p.relative_to(folder)}:{s.st_size}:{s.st_mtime_ns}" for (p, _, _), s in zip(files, stats, strict=True)
     ]
-    cache = cache_folder() / "data" / f"{digest(str(folder.resolve()), str(size), *listing)}.safetensors"
+    cache = cache_folder() / "data" / f"{digest(_DECODER, str(folder.resolve()), str(size), *listing)}.safetensors"
     images = _cached(cache)
     if images is None:
         images = decode([path for path, _, _ in files], size)
         with writing(cache) as part:
             save_file({"images": images}, part)
-    tested = torch.tensor([test for _, _, test in files]) if divided else None
+    tested = torch.tensor([test for _, _, test in files]) if there else None
     return images, torch.tensor([label for _, label, _ in files]), tested, classes
+
+
+def _classes(folder: Path) -> Iterator[Path]:
+    """The folders of classes in `folder`.
+
+    Raises:
+        EdgekitError: a link leads nowhere; it may have been a class.
+    """
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise EdgekitError("the link leads nowhere", where=path, mend="Mend or remove it")
+        if path.is_dir():
+            yield path
 
 
 def _cached(path: Path) -> Tensor | None:
@@ -256,7 +288,8 @@ def decode(
         for path in paths:
             try:
                 with Image.open(path) as image:
-                    picture = image.convert("RGB")
+                    # As people see it: a camera that was held upright says so beside the pixels.
+                    picture = _eight_bits(ImageOps.exif_transpose(image), image).convert("RGB")
                     if size:
                         height, width = (size, size) if isinstance(size, int) else size
                         picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
@@ -277,3 +310,24 @@ def decode(
                 )
             bar.advance(task)
     return torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _eight_bits(picture: Any, file: Any) -> Any:
+    """A PIL image with 8 bits a channel; PIL's own conversion would cut off whatever is above 255.
+
+    Args:
+        file: the opened image that `picture` was made from, which knows its format.
+    Raises:
+        ValueError: its pixels are floats, or integers of which nobody knows the largest.
+    """
+    import numpy
+    from PIL import Image
+
+    if picture.mode not in ("F", "I") and not picture.mode.startswith("I;"):
+        return picture
+    # PNG and PGM come as 16 bits whatever they hold; a TIFF says how many of them are used (tag 258).
+    bits = file.tag_v2.get(258, (0,))[0] if file.format == "TIFF" else 16
+    if picture.mode == "F" or not 8 < bits <= 16:
+        raise ValueError(f"pixels of mode {picture.mode} in a {file.format} file have no known range")
+    levels = numpy.asarray(picture).astype(numpy.float64) * (255 / (2**bits - 1))
+    return Image.fromarray(levels.round().clip(0, 255).astype(numpy.uint8))

@@ -1,11 +1,12 @@
 """This machine: its processor, its device, and the number of threads that is fastest here."""
 
+import contextlib
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +16,10 @@ from edgekit.files import cache_folder, write_json
 
 # What decides how 8-bit products are summed (SATURATION), best first; named as /proc/cpuinfo names them.
 _INT8 = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "sse4_1", "asimddp", "asimd")
+_SATURATE = ("avx512bw", "avx2", "sse4_1")  # these sum pairs of products in 16 bits
+_DEVICES = ("cpu", "cuda", "mps", "xpu")  # kinds that compute; torch has others, such as meta, which only pretends to
+# How torch and its backends say that memory is out where they have no class of error for it.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def _cpuinfo(key: str) -> str:
@@ -31,6 +36,11 @@ def int8_instructions() -> str:
     """The widest instruction set for 8-bit arithmetic here, or "unknown"."""
     flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
     return next((name for name in _INT8 if name in flags), "unknown")
+
+
+def saturates() -> bool:
+    """Whether this processor's 8-bit products are summed in 16 bits, so that a sum can clip (SATURATION)."""
+    return int8_instructions() in _SATURATE
 
 
 def family() -> str:
@@ -53,22 +63,68 @@ def device(name: str | None) -> torch.device:
         )
     try:
         chosen = torch.device(name)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in _DEVICES:
+        raise EdgekitError(
+            "there is no such device", where=f"--device {name}", mend="Known: cpu, cuda, cuda:0, mps, xpu"
+        )
+    try:
         torch.zeros(1, device=chosen)
-    except RuntimeError as error:
-        known = name.split(":")[0] in ("cuda", "mps", "cpu", "xpu")
-        mend = "Run without --device to use the CPU" if known else "Known: cpu, cuda, cuda:0, mps"
-        code = ENVIRONMENT if known else 2
+    except (RuntimeError, AssertionError) as error:  # an AssertionError: a build of torch without CUDA says it so
         raise EdgekitError(
             f"the device cannot be used ({str(error).splitlines()[0]})",
             where=f"--device {name}",
-            mend=mend,
-            exit_code=code,
-        ) from None
-    except AssertionError as error:  # a build of torch without CUDA says it so
-        raise EdgekitError(
-            f"the device cannot be used ({error})", where=f"--device {name}", exit_code=ENVIRONMENT
+            mend="Run with --device cpu",
+            exit_code=ENVIRONMENT,
         ) from None
     return chosen
+
+
+def check_precision(precision: str, device: torch.device, *, where: object) -> None:
+    """Refuse a mixed precision that `device` does not compute in: nothing is replaced in silence.
+
+    Raises:
+        EdgekitError: (exit code 4) it does not.
+    """
+    able = {
+        "fp16": device.type in ("cuda", "xpu"),
+        "bf16": device.type != "mps" and (device.type != "cuda" or torch.cuda.is_bf16_supported()),
+    }
+    if not able.get(precision, True):
+        raise EdgekitError(
+            f"train.precision = '{precision}' does not work on the device '{device}'",
+            where=where,
+            mend="Set train.precision=fp32, or name another --device",
+            exit_code=ENVIRONMENT,
+        )
+
+
+def processes() -> int:
+    """How many processes a launcher (accelerate, torchrun, mpirun) started for this one piece of work."""
+    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+    return max(int(value) if (value := os.environ.get(name, "")).isdigit() else 1 for name in names)
+
+
+@contextlib.contextmanager
+def enough_memory(*, where: object, mend: str) -> Iterator[None]:
+    """Say in one sentence that the memory of the machine or of its GPU is out.
+
+    Raises:
+        EdgekitError: (exit code 4) it is.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise EdgekitError("out of memory", where=where, mend=mend, exit_code=ENVIRONMENT) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def threads(key: str, work: Callable[[], object]) -> int:

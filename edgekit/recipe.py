@@ -16,31 +16,34 @@ def number(value: Any) -> Any:
     """A number, or a fraction such as "8/255", as a float; anything else is left for pydantic to refuse."""
     if not isinstance(value, str):
         return value
-    parts = [float(part) for part in value.split("/")]  # ValueError: pydantic says which key
-    if len(parts) == 1:
-        return parts[0]
-    if len(parts) != 2 or parts[1] == 0:
-        raise ValueError("should be a number or a fraction such as '8/255'")
-    return parts[0] / parts[1]
+    above, slash, below = value.partition("/")
+    try:
+        if slash:
+            return float(above) / float(below)
+    except (ValueError, ZeroDivisionError):
+        pass
+    raise ValueError("should be a number or a fraction such as '8/255'")  # pydantic says which key
 
 
 Number = Annotated[float, BeforeValidator(number)]
 Pixels = Annotated[Number, Field(gt=0, le=1, allow_inf_nan=False)]  # in units of the [0, 1] range
 Fraction = Annotated[Number, Field(ge=0, lt=1)]  # of the run, or of a split
+List = Field(strict=False)  # TOML has lists where the recipe has tuples; their items stay strict
 
 
 class Table(BaseModel):
     """One table of a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Strict: "5", true and 5.0 are no whole numbers, in TOML as in Python.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class Student(Table):
     architecture: str  # mobilenetv2, resnet18, wideresnet, or your own "module:factory"
     form: Literal["cifar", "imagenet"] = "cifar"
-    width: float = Field(default=1.0, gt=0)
-    depth: int = Field(default=28, ge=10)  # wideresnet only
-    strides: tuple[int, ...] | None = None  # mobilenetv2: one per stage
+    width: float = Field(default=1.0, gt=0, le=64)  # times the paper's channels; no known network comes near the limit
+    depth: int = Field(default=28, ge=10, le=1000)  # wideresnet only
+    strides: Annotated[tuple[int, ...], List] | None = None  # mobilenetv2: one per stage
     options: dict[str, Any] = {}  # handed to your own factory
 
 
@@ -58,6 +61,7 @@ class Data(Table):
 class Teacher(Table):
     recipe: str | None = None  # trained by that recipe at first use, then cached
     weights: str | None = None  # a student.safetensors of an earlier run
+    factory: str | None = None  # your own "module:function", where these weights need it: no file may name it by itself
 
     @model_validator(mode="after")
     def _one(self) -> "Teacher":
@@ -86,7 +90,7 @@ class Train(Table):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=2e-4, ge=0)
     schedule: Literal["multistep", "cosine"] = "multistep"
-    milestones: tuple[Fraction, ...] = (215 / 300, 260 / 300, 285 / 300)  # fractions of the run
+    milestones: Annotated[tuple[Fraction, ...], List] = (215 / 300, 260 / 300, 285 / 300)  # fractions of the run
     gamma: float = Field(default=0.1, gt=0, le=1)
     warmup: Fraction = 0.0  # fraction of the run
     gradient_clip: float = Field(default=0.0, ge=0)  # largest gradient norm; 0 is off

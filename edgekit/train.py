@@ -1,18 +1,21 @@
 """The one training loop: any method, any model, resumable to the same weights."""
 
+import contextlib
 import functools
-import hashlib
 import io
 import json
 import math
+import os
+import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.state import AcceleratorState, PartialState
+from torch import nn
 
 import edgekit
 from edgekit import data, machine, models, runs
@@ -26,7 +29,7 @@ from edgekit.methods.inner import Inner
 from edgekit.models import Network
 from edgekit.models.fold import fold
 from edgekit.randomness import derive
-from edgekit.recipe import Recipe, Train, read, split_override, to_toml
+from edgekit.recipe import Recipe, Train, read, to_toml
 from edgekit.report import curves
 from edgekit.runs import Run
 
@@ -37,7 +40,7 @@ _INIT, _ORDER, _AUGMENT, _INNER, _VALIDATE = range(5)
 def distill(
     recipe: str | Path,
     *,
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     run: str | Path | None = None,
     resume: bool = False,
     device: str | None = None,
@@ -47,91 +50,152 @@ def distill(
 
     Args:
         recipe: a recipe file; looked for here, then among the shipped ones.
-        overrides: such as "train.epochs=5".
+        overrides: such as "train.epochs=5", one or several.
         run: the run folder; by default the first free runs/<recipe>-<n>.
-        resume: continue a run (by default the newest of this recipe); with its recorded recipe, seed and threads.
-        device: cpu, cuda, cuda:1, mps; by default a GPU where there is one.
+        resume: continue a run (by default the newest of this recipe), with its recorded recipe, seed and threads; from
+            the beginning where there is none.
+        device: cpu, cuda, cuda:1, mps, xpu; by default a GPU where there is one, and a resumed run's own.
     Returns:
         run.json's content, and "run": the folder.
     Raises:
-        EdgekitError: bad input, said in one sentence.
+        EdgekitError: bad input, said in one sentence; (exit code 4) a device, a precision or an amount of memory that
+            this machine does not have.
+        KeyboardInterrupt: after one line that says how to continue.
     """
-    stem = Path(recipe).stem
-    folder = Path(run) if run is not None else None
-    found = (Run(folder) if folder else runs.newest(stem)) if resume else None
-    if found and found.recipe_file.is_file():
-        current, plan = found, _resumed(found, overrides, seed)
-    else:
-        plan = read(recipe, overrides, seed)
-        choose(METHODS, plan.method.name, "method", where=recipe)
-        if METHODS[plan.method.name].needs_teacher and plan.teacher is None:
-            raise EdgekitError(
-                f"the method '{plan.method.name}' needs a teacher", where=recipe, mend="Add a table [teacher]"
-            )
-        current = None
-    if current and current.finished:
-        say(f"{current.folder} has finished already")
-        return {"run": str(current.folder), **current.info()}
-    # Denormals make a convolution many times slower, and threads started later inherit the setting.
-    torch.set_flush_denormal(True)
-    where = machine.device(device)
-    dataset = data.load(plan.data)  # before the run folder is made: bad input must leave nothing behind
-    teacher, about_teacher = _teacher(plan, dataset, where)
-    if current is None:
-        # A folder in which nothing was saved yet is started from its beginning.
-        current = found if found and not any(found.folder.iterdir()) else runs.create(stem, folder)
-        write_text(current.recipe_file, to_toml(plan))
+    if (count := machine.processes()) > 1:
+        raise EdgekitError(
+            f"this version trains in one process, and {count} were started", mend="Start edgekit without a launcher"
+        )
+    listed = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     try:
-        info = fit(plan, dataset, teacher, current, where, about_teacher)
-    except KeyboardInterrupt:
-        say(f"Interrupted. Continue with: {runs.continue_command(current)}")
+        with machine.enough_memory(where=recipe, mend="Lower train.batch_size, or choose a smaller student"):
+            return _distill(recipe, listed, Path(run) if run is not None else None, resume, device, seed)
+    except KeyboardInterrupt as stop:
+        say(f"Interrupted. {stop or 'Nothing was begun yet'}")
         raise
-    if folder is None:
+
+
+def _distill(
+    recipe: str | Path,
+    overrides: Sequence[str],
+    folder: Path | None,
+    resume: bool,
+    device: str | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    stem = Path(recipe).stem
+    found = runs.to_resume(stem, folder) if resume else None
+    begun = found is not None and found.begun
+    plan = runs.recorded(found, recipe, overrides, seed) if found and begun else read(recipe, overrides, seed)
+    if found and found.finished:
+        say(f"{found.folder} has finished already")
+        return {"run": str(found.folder), **found.info()}
+    if found and begun:
+        _same_code(found)
+        device = device or found.info().get("device")
+    # Everything that can be wrong is looked at before a folder is made or a teacher trained.
+    where = machine.device(device)
+    _check(plan, where, recipe)
+    dataset = data.load(plan.data)
+    _check_student(plan, dataset, recipe)
+    teacher, taught = None, None
+    if plan.teacher is not None and METHODS[plan.method.name].needs_teacher:
+        if plan.teacher.weights is not None:
+            teacher = _open_teacher(Path(plan.teacher.weights), plan.teacher.factory, dataset)
+        else:
+            taught = _teacher_recipe(plan, dataset, where)
+    current = found or runs.create(stem, folder)
+    if not begun:
+        if resume:
+            say(f"{current.folder}: there is nothing to continue yet; it starts from the beginning")
+        current.begin(recipe, plan, latest=folder is None)
+    with _recording(current):
+        if taught is not None:
+            teacher = _open_teacher(_train_teacher(taught, plan, dataset, where), taught.student.architecture, dataset)
+        info = fit(plan, dataset, teacher, current, where)
+    if info.get("latest"):
         runs.set_latest(current)
     return {"run": str(current.folder), **info}
 
 
-def _resumed(run: Run, overrides: Sequence[str], seed: int | None) -> Recipe:
-    """The recorded recipe of `run`; what is asked for again must say the same."""
-    recorded = read(run.recipe_file)
-    again = read(run.recipe_file, overrides, seed)
-    if again != recorded:
-        for override in overrides:
-            key, _ = split_override(override)
-            if read(run.recipe_file, [override]) != recorded:
-                raise EdgekitError(
-                    f"the run was started with another '{'.'.join(key)}'",
-                    where=f"--set {override}",
-                    mend="Leave it out, or start a new run",
-                )
+@contextlib.contextmanager
+def _recording(run: Run) -> Iterator[None]:
+    """Let run.json say how the work on `run` ended, also where it was interrupted or failed."""
+    status = "failed"
+    try:
+        yield
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise KeyboardInterrupt(f"Continue with: {runs.continue_command(run)}") from None
+    finally:
+        # What ended the work is what must be said, not that the disk is too full to note it.
+        with contextlib.suppress(OSError, EdgekitError):
+            if run.info().get("status") == "running":
+                run.save_info(run.info() | {"status": status})
+
+
+def _same_code(run: Run) -> None:
+    if not run.checkpoint.is_file():
+        return
+    versions = run.info().get("versions", {})
+    if versions.get("code") != code_version():
         raise EdgekitError(
-            f"the run was started with seed {recorded.seed}",
-            where=f"--seed {seed}",
-            mend="Leave it out, or start a new run",
+            f"the run was begun with other training code (edgekit {versions.get('edgekit')})",
+            where=run.folder,
+            mend="Continue it with that code, or start a new run without --resume",
         )
-    return recorded
+    if versions.get("torch") != torch.__version__:
+        say(f"Begun with torch {versions.get('torch')}, this is {torch.__version__}: the last bits may differ")
 
 
-def _teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> tuple[Network | None, dict[str, str] | None]:
-    """The frozen teacher and what run.json says of it; trained first where its recipe has no result in the cache."""
-    if recipe.teacher is None or not METHODS[recipe.method.name].needs_teacher:
-        return None, None
-    if recipe.teacher.weights is not None:
-        path = Path(recipe.teacher.weights)
-    else:
-        named = recipe.teacher.recipe or ""
-        # The student's data decides: with another split the teacher would have seen its validation images.
-        plan = read(named).model_copy(update={"data": recipe.data})
-        if plan.teacher is not None:
-            raise EdgekitError("the recipe of a teacher cannot itself have a teacher", where=named)
-        kept = Run(cache_folder() / "teachers" / digest(to_toml(plan), dataset.sha256, code_version())[:16])
-        if not kept.finished:
-            say(f"The teacher ({named}) is trained first; it is kept for later runs")
-            kept.folder.mkdir(parents=True, exist_ok=True)
+def _check(plan: Recipe, device: torch.device, where: object) -> None:
+    choose(METHODS, plan.method.name, "method", where=where)
+    if METHODS[plan.method.name].needs_teacher and plan.teacher is None:
+        raise EdgekitError(
+            f"the method '{plan.method.name}' needs a teacher", where=where, mend="Add a table [teacher]"
+        )
+    machine.check_precision(plan.train.precision, device, where=where)
+
+
+def _check_student(plan: Recipe, dataset: Dataset, where: object) -> None:
+    """Build the student once: the only way to know of every architecture whether its keys and the images fit."""
+    ones = [1.0] * dataset.input_shape[0]
+    try:
+        models.build(plan.student, dataset.classes, dataset.input_shape, ones, ones)
+    except EdgekitError as error:
+        raise EdgekitError(
+            error.what, where=error.where or where, mend=error.mend, exit_code=error.exit_code
+        ) from error
+
+
+def _teacher_recipe(recipe: Recipe, dataset: Dataset, device: torch.device) -> Recipe:
+    """The recipe of the teacher, fit for being trained here."""
+    named = recipe.teacher.recipe if recipe.teacher else None
+    # The student's data decides: with another split the teacher would have seen its validation images.
+    plan = read(named or "").model_copy(update={"data": recipe.data})
+    if plan.teacher is not None:
+        raise EdgekitError("the recipe of a teacher cannot itself have a teacher", where=named)
+    _check(plan, device, named)
+    _check_student(plan, dataset, named)
+    return plan
+
+
+def _train_teacher(plan: Recipe, recipe: Recipe, dataset: Dataset, device: torch.device) -> Path:
+    """The weights of the teacher that `plan` describes, from the cache folder or trained now."""
+    kept = Run(cache_folder() / "teachers" / digest(to_toml(plan), dataset.sha256, code_version())[:16])
+    if not kept.finished:
+        named = recipe.teacher.recipe if recipe.teacher else None
+        say(f"The teacher ({named}) is trained first; it is kept for later runs")
+        if not kept.begun:
             write_text(kept.recipe_file, to_toml(plan))
-            fit(plan, dataset, None, kept, device, None)
-        path = kept.student
-    teacher = models.load(path)
+        with _recording(kept):
+            fit(plan, dataset, None, kept, device)
+    return kept.student
+
+
+def _open_teacher(path: Path, factory: str | None, dataset: Dataset) -> tuple[Network, dict[str, str]]:
+    """The frozen teacher in `path` and what run.json says of it."""
+    teacher = models.load(path, factory=factory)
     if teacher.classes != dataset.classes:
         problem = f"the teacher knows {len(teacher.classes)} classes, the data has {len(dataset.classes)}"
         if len(teacher.classes) == len(dataset.classes):
@@ -141,16 +205,18 @@ def _teacher(recipe: Recipe, dataset: Dataset, device: torch.device) -> tuple[Ne
         raise EdgekitError(
             f"the teacher takes {teacher.input_shape} images, the data has {dataset.input_shape}", where=path
         )
-    return teacher.to(device).requires_grad_(False), {"file": path.name, "sha256": sha256(path)}
+    return teacher.requires_grad_(False), {"file": path.name, "sha256": sha256(path)}
 
 
 @functools.cache
 def code_version() -> str:
     """A digest of the sources that decide what a recipe trains to."""
     root = Path(__file__).parent
-    names = ["train.py", "data.py", "randomness.py", "recipe.py", "attacks/pgd.py", "attacks/losses.py"]
-    sources = [root / name for name in names] + sorted([*root.glob("methods/*.py"), *root.glob("models/*.py")])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    names = ["train.py", "classifier.py", "data.py", "randomness.py", "recipe.py"]
+    found = [root / name for name in names]
+    for folder in ("attacks", "methods", "models"):
+        found += sorted(root.glob(f"{folder}/*.py"))
+    return digest(*(part for path in found for part in (str(path.relative_to(root)), path.read_bytes())))
 
 
 def learning_rate(train: Train, progress: float) -> float:
@@ -162,18 +228,59 @@ def learning_rate(train: Train, progress: float) -> float:
     return train.learning_rate * train.gamma ** sum(progress >= milestone for milestone in train.milestones)
 
 
+@contextlib.contextmanager
+def _accelerated(device: torch.device, precision: str) -> Iterator[Accelerator]:
+    """An Accelerator of this run's own device and precision.
+
+    Accelerate keeps both for a whole process. Here a teacher and its student may differ in them, and so may edgekit and
+    the program that called it: what stood before is put aside, and stands again afterwards.
+    """
+    states = (AcceleratorState._shared_state, PartialState._shared_state)
+    before = [dict(state) for state in states]
+    named = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    for state in states:
+        state.clear()
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # its only way to name one GPU among several
+    try:
+        yield Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
+    finally:
+        for state, kept in zip(states, before, strict=True):
+            state.clear()
+            state.update(kept)
+        os.environ.pop("ACCELERATE_TORCH_DEVICE")
+        if named is not None:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = named
+
+
 def fit(
     recipe: Recipe,
     dataset: Dataset,
-    teacher: Network | None,
+    teacher: tuple[Network, dict[str, str]] | None,
     run: Run,
     device: torch.device,
-    about_teacher: dict[str, str] | None,
 ) -> dict[str, Any]:
-    """Train into `run`, from its checkpoint where it has one, and return run.json's content."""
+    """Train into `run`, from its checkpoint where it has one, and return run.json's content.
+
+    Args:
+        teacher: the network, and what run.json is to say of it.
+    Raises:
+        EdgekitError: the checkpoint is damaged, or data or teacher are not those that it was made with.
+    """
+    # Denormals make a convolution many times slower, and threads started later inherit the setting.
+    torch.set_flush_denormal(True)
+    with _accelerated(device, recipe.train.precision) as accelerator:
+        return _fit(recipe, dataset, teacher, run, accelerator)
+
+
+def _fit(
+    recipe: Recipe,
+    dataset: Dataset,
+    taught: tuple[Network, dict[str, str]] | None,
+    run: Run,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
     train = recipe.train
-    precision = {"fp32": "no"}.get(train.precision, train.precision)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    teacher, about_teacher = taught or (None, None)
     mean, std = dataset.statistics()
     student = models.build(
         recipe.student, dataset.classes, dataset.input_shape, mean, std, seed=_number(recipe.seed, _INIT)
@@ -182,16 +289,26 @@ def fit(
     student = student.to(accelerator.device).to(memory_format=layout)
     if teacher is not None:
         teacher = fold(teacher.to(accelerator.device).to(memory_format=layout).eval())
-    decayed = [parameter for parameter in student.parameters()]
-    optimizer = torch.optim.SGD(decayed, train.learning_rate, train.momentum, weight_decay=train.weight_decay)
-    info = run.info() or {"threads": _threads(recipe, student, dataset, accelerator.device)}
-    torch.set_num_threads(info["threads"])
-    state = _load_checkpoint(run)
+    optimizer = torch.optim.SGD(
+        student.parameters(), train.learning_rate, train.momentum, weight_decay=train.weight_decay
+    )
+    info, state = run.info(), _load_checkpoint(run)
     if state:
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-    log: list[dict[str, Any]] = state["log"] if state else []
-    best: dict[str, Any] = state["best"] if state else {}
+        if state["data"] != dataset.sha256:
+            raise EdgekitError(
+                "the data has changed since the run was begun", where=recipe.data.name, mend="Start a new run"
+            )
+        if info.get("teacher") != about_teacher:
+            raise EdgekitError(
+                "the run was begun with another teacher", where=run.folder, mend="Bring that back, or start a new run"
+            )
+    info["threads"] = info.get("threads") or _threads(recipe, student, dataset, accelerator.device)
+    torch.set_num_threads(info["threads"])
+    log: list[dict[str, Any]] = []
+    best: dict[str, Any] = {}
+    model, optimizer = accelerator.prepare(student, optimizer)
+    if state:
+        log, best = _restore(run, state, student, optimizer, accelerator.scaler)
     info |= {
         "schema": 1,
         "status": "running",
@@ -201,12 +318,7 @@ def fit(
         "data": {"name": dataset.name, "sha256": dataset.sha256},
         "teacher": about_teacher,
     }
-    if state and state["data"] != dataset.sha256:
-        raise EdgekitError(
-            "the data has changed since the run was started", where=recipe.data.name, mend="Start a new run"
-        )
     run.save_info(info)
-    model, optimizer = accelerator.prepare(student, optimizer)
     method = METHODS[recipe.method.name]
     inner = Inner(recipe.inner.epsilon, recipe.inner.step_size, recipe.inner.steps)
     options = {key: getattr(recipe.method, key) for key in method.options}
@@ -265,7 +377,7 @@ def fit(
             bar.update(task, note=note)
             if bar.disable and (epoch + 1) % max(1, train.epochs // 10) == 0:
                 say(f"{run.name}: epoch {epoch + 1} of {train.epochs}, {note}")
-            _save_checkpoint(run, student, optimizer, log, best, dataset.sha256)
+            _save_checkpoint(run, student, optimizer, log, best, dataset.sha256, accelerator.scaler)
     models.save(student, run.student, best["student"], seed=str(recipe.seed), recipe_sha256=sha256(run.recipe_file))
     curves.draw(log, run.folder / "curves.png")
     info |= {
@@ -286,20 +398,19 @@ def _number(seed: int, *steps: int) -> int:
 def _threads(recipe: Recipe, student: Network, dataset: Dataset, device: torch.device) -> int:
     if device.type != "cpu":
         return torch.get_num_threads()
+    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     images = dataset.train.images[:1].expand(recipe.train.batch_size, -1, -1, -1).to(torch.float32) / 255
-    images = images.contiguous(
-        memory_format=torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-    )
+    images = images.contiguous(memory_format=layout)
     probe = models.build(
         student.spec, dataset.classes, dataset.input_shape, [0.5] * images.shape[1], [0.25] * images.shape[1]
     )
-    probe.to(memory_format=torch.channels_last)
+    probe.to(memory_format=layout)
 
     def work() -> None:
         for _ in range(3):
             probe(images).sum().backward()
 
-    return machine.threads(f"{student.spec.model_dump_json()} {tuple(images.shape)}", work)
+    return machine.threads(f"{student.spec.model_dump_json()} {tuple(images.shape)} {layout}", work)
 
 
 def _validate(student: Network, split: Split, recipe: Recipe) -> dict[str, float]:
@@ -329,11 +440,18 @@ def _validate(student: Network, split: Split, recipe: Recipe) -> dict[str, float
 
 
 def _save_checkpoint(
-    run: Run, student: nn.Module, optimizer: Any, log: list[dict[str, Any]], best: dict[str, Any], data_sha256: str
+    run: Run,
+    student: nn.Module,
+    optimizer: Any,
+    log: list[dict[str, Any]],
+    best: dict[str, Any],
+    data_sha256: str,
+    scaler: Any = None,
 ) -> None:
     state = {
         "student": student.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),  # fp16's loss scale, which grows and shrinks
         "log": log,
         "best": best,
         "data": data_sha256,
@@ -347,14 +465,38 @@ def _save_checkpoint(
     write_text(run.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
 
+# What torch.load and load_state_dict raise on a file that is cut off, overwritten or of another network.
+_DAMAGED = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError)
+
+
 def _load_checkpoint(run: Run) -> dict[str, Any] | None:
     if not run.checkpoint.is_file():
         return None
     try:
-        state: dict[str, Any] = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
-        _: Tensor = next(iter(state["student"].values()))
-        return state
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
-        raise EdgekitError(
-            f"the checkpoint cannot be read ({type(error).__name__})", where=run.checkpoint, mend="Start a new run"
-        ) from None
+        # Through memory here too: from a file torch reports one that is cut off as a fault of the disk.
+        state = torch.load(io.BytesIO(run.checkpoint.read_bytes()), map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and state.keys() >= {"student", "optimizer", "scaler", "log", "best", "data"}:
+            return state
+        raise ValueError("a part is missing")
+    except _DAMAGED as error:
+        raise _damaged(run, error) from None
+
+
+def _restore(
+    run: Run, state: dict[str, Any], student: nn.Module, optimizer: Any, scaler: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Put a checkpoint back into what is trained, and return its log and its best epoch."""
+    try:
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None:
+            scaler.load_state_dict(state["scaler"])
+    except _DAMAGED as error:
+        raise _damaged(run, error) from None
+    return state["log"], state["best"]
+
+
+def _damaged(run: Run, error: Exception) -> EdgekitError:
+    return EdgekitError(
+        f"the checkpoint cannot be read ({type(error).__name__})", where=run.checkpoint, mend="Start a new run"
+    )

@@ -1,5 +1,6 @@
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import numpy
@@ -91,6 +92,17 @@ def test_images_of_several_sizes_need_a_size(tmp_path: Path):
         ),
         (lambda root: [path.unlink() for path in root.rglob("*.png")], "there are no images"),
         (lambda root: [path.unlink() for path in (root / "test/bee").iterdir()], "test/bee: the class has no images"),
+        (lambda root: (root / "train/cat").mkdir(), "train/cat: the class has no images"),
+        (lambda root: shutil.rmtree(root / "test"), r"photos: train/ holds classes, test/ holds none. Add test/CLASS"),
+        (lambda root: [shutil.rmtree(path) for path in (root / "test").iterdir()], "train/ holds classes, test/ holds"),
+        (lambda root: shutil.rmtree(root / "train"), r"photos: test/ holds classes, train/ holds none. Add train/CLAS"),
+        (lambda root: (root / "train/ant/7.jpg").symlink_to("nowhere"), r"train/ant/7\.jpg: the link leads nowhere"),
+        (lambda root: (root / "train/cow").symlink_to("nowhere"), "train/cow: the link leads nowhere"),
+        (lambda root: (root / "train/ant/7.jpg").mkdir(), r"train/ant/7\.jpg: this is no file"),
+        (
+            lambda root: Image.new("F", (12, 12), 0.5).save(root / "train/ant/7.tif"),
+            r"7\.tif: a broken image .*mode F in a TIFF file have no known range",
+        ),
     ],
 )
 def test_a_spoilt_folder_is_reported_by_name(tmp_path: Path, spoil, said: str):
@@ -98,6 +110,55 @@ def test_a_spoilt_folder_is_reported_by_name(tmp_path: Path, spoil, said: str):
     spoil(root)
     with pytest.raises(EdgekitError, match=said):
         data.load(Data(name=str(root)))
+
+
+def test_an_empty_class_of_an_undivided_folder_is_named(tmp_path: Path):
+    root = folder(tmp_path / "photos", splits=(".",), count=6)
+    (root / "notes").mkdir()
+    with pytest.raises(EdgekitError, match=r"photos/notes: the class has no images\. An image ends in \.bmp, \.jpeg"):
+        data.load(Data(name=str(root)))
+
+
+def test_a_class_may_be_called_train(tmp_path: Path):
+    root = folder(tmp_path / "photos", splits=(".",))
+    (root / "bee").rename(root / "train")
+    assert data.load(Data(name=str(root), calibration=4)).classes == ("ant", "train")
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "deep.pgm"])
+def test_sixteen_bits_become_eight(tmp_path: Path, name: str):
+    levels = numpy.linspace(0, 65535, 64).astype(numpy.uint16).reshape(8, 8)
+    path = tmp_path / name
+    if path.suffix == ".pgm":
+        path.write_bytes(b"P5 8 8 65535\n" + levels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(levels).save(path)
+    (image,) = data._decode([path], None)
+    expected = (levels.astype(int) + 128) // 257  # 65535 = 255 * 257
+    assert image.numpy().tolist() == [expected.tolist()] * 3
+
+
+@pytest.mark.parametrize("kind", [numpy.uint8, numpy.uint16])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_camera_may_have_been_held_in_any_way(tmp_path: Path, orientation: int, kind: type):
+    upright = numpy.arange(15, dtype=kind).reshape(3, 5) * (numpy.iinfo(kind).max // 15)
+    # What lies in the file where the standard (Exif 2.3, tag 0x0112) says which way row 0 and column 0 of it go.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],  # its first column is the right-hand side
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,  # its first row is the left-hand side, its first column the top
+        6: upright.T[::-1],
+        7: upright.T[::-1, ::-1],
+        8: upright.T[:, ::-1],
+    }[orientation]
+    about = Image.Exif()
+    about[0x0112] = orientation
+    Image.fromarray(numpy.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=about)
+    (image,) = data._decode([tmp_path / "a.png"], None)
+    expected = upright.astype(int) * 255 / numpy.iinfo(kind).max
+    assert numpy.abs(image[0].numpy() - expected).max() <= 0.5
 
 
 def test_a_missing_folder_and_a_single_class_are_refused(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from edgekit import machine
 from edgekit.errors import EdgekitError, choose
 from edgekit.files import writing
 from edgekit.models import mobilenetv2, resnet18, wideresnet
@@ -65,15 +67,25 @@ def build(
     Raises:
         EdgekitError: unknown architecture, a factory that cannot be imported, or one whose network has another shape.
     """
-    with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
-        torch.manual_seed(seed)
-        if ":" in spec.architecture:
-            body = _factory(spec.architecture)(classes=len(classes), channels=input_shape[0], **spec.options)
-        else:
-            body = choose(ARCHITECTURES, spec.architecture, "student architecture")(spec, len(classes), input_shape[0])
-    network = Network(body, spec, classes, input_shape, mean, std)
-    with torch.no_grad():
-        shape = tuple(network.eval()(torch.zeros(1, *input_shape)).shape)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
+            torch.manual_seed(seed)
+            if ":" in spec.architecture:
+                body = _factory(spec.architecture)(classes=len(classes), channels=input_shape[0], **spec.options)
+            else:
+                make = choose(ARCHITECTURES, spec.architecture, "student architecture")
+                body = make(spec, len(classes), input_shape[0])
+        network = Network(body, spec, classes, input_shape, mean, std)
+        with torch.no_grad():
+            shape = tuple(network.eval()(torch.zeros(1, *input_shape)).shape)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        if machine.out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EdgekitError(
+            f"the student '{spec.architecture}' cannot be built for images of {tuple(input_shape)} ({reason})",
+            mend="Change [student]",
+        ) from error
     if shape != (1, len(classes)):
         raise EdgekitError(f"the student '{spec.architecture}' answers {shape} to one image, not (1, {len(classes)})")
     return network.train()
@@ -81,12 +93,19 @@ def build(
 
 def _factory(name: str) -> Callable[..., nn.Module]:
     module, _, function = name.partition(":")
+    # An installed command does not look into the working directory, where a user's own code stands.
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    importlib.invalidate_caches()
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError, NameError, TypeError) as error:
         raise EdgekitError(
             f"cannot import the student factory: {error}", where=name, mend="Write package.module:function"
-        ) from None
+        ) from error
+    finally:
+        if here in sys.path:  # the first of its kind is the one that was put there
+            sys.path.remove(here)
 
 
 def save(network: Network, path: Path, state: dict[str, Tensor] | None = None, **metadata: str) -> None:
@@ -103,11 +122,15 @@ def save(network: Network, path: Path, state: dict[str, Tensor] | None = None, *
         save_file(tensors, part, {"edgekit": json.dumps(about, sort_keys=True)})
 
 
-def load(path: str | Path) -> Network:
+def load(path: str | Path, *, factory: str | None = None) -> Network:
     """The network in a safetensors file that edgekit wrote, in eval mode, on the CPU.
 
+    Args:
+        factory: the "module:function" that may be imported to build it. It has to come from whoever opens the file (a
+            run's own recipe says it): what a file names by itself is never run.
     Raises:
-        EdgekitError: the file is missing, is no safetensors file, or does not say which network it holds.
+        EdgekitError: the file is missing, is no safetensors file, does not say which network it holds, or names
+            another factory than `factory`.
     """
     path = Path(path)
     if not path.is_file():
@@ -124,6 +147,12 @@ def load(path: str | Path) -> Network:
         about: dict[str, Any] = json.loads(metadata["edgekit"])
         spec = Student.model_validate(about["student"])
         classes, shape = about["classes"], about["input_shape"]
+        if ":" in spec.architecture and spec.architecture != factory:
+            raise EdgekitError(
+                f"the file asks to import '{spec.architecture}', which is done only where the recipe names it",
+                where=path,
+                mend="For a teacher that you trust, set teacher.factory",
+            )
         network = build(spec, classes, shape, state["mean"].flatten().tolist(), state["std"].flatten().tolist())
         network.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -112,3 +113,58 @@ def test_a_killed_run_resumes_to_the_same_weights(workplace: Path, tmp_path: Pat
     again = command("distill", "tiny.toml", "--resume", cwd=tmp_path)
     assert again.returncode == 0
     assert "finished already" in again.stderr
+
+
+def test_ctrl_c_while_the_teacher_trains_prints_the_command_that_finishes_the_run(tmp_path: Path):
+    cache = {"EDGEKIT_CACHE": str(tmp_path / "cache")}
+    (tmp_path / "teacher.toml").write_text(TINY)
+    taught = TINY.replace('"sat"', '"rslad"').replace("epochs = 4", "epochs = 1")
+    (tmp_path / "taught.toml").write_text(taught + '\n[teacher]\nrecipe = "teacher.toml"\n')
+    arguments = [sys.executable, "-m", "edgekit", "distill", "taught.toml"]
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, env=os.environ | cache, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("cache/teachers/*/log.jsonl")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said = process.communicate(timeout=100)[1].strip().splitlines()
+    assert process.returncode == 130
+    assert len(said) == 3, said  # the teacher is trained first; its epoch; and one line of the interruption
+    assert json.loads((tmp_path / "runs/taught-1/run.json").read_text())["status"] == "interrupted"
+    words = shlex.split(said[-1].partition("Continue with: edgekit ")[2])
+    assert words == ["distill", "runs/taught-1/recipe.toml", "--run", "runs/taught-1", "--resume"]
+    assert command(*words, cwd=tmp_path, **cache).returncode == 0
+    assert (tmp_path / "runs/latest").readlink() == Path("taught-1")
+
+
+OWN = """
+import torch
+from torch import nn
+
+def make(classes, channels, greedy=False):
+    stem = nn.Conv2d(channels, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), Greedy() if greedy else nn.Identity()
+    return nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+class Greedy(nn.Module):
+    def forward(self, x):
+        return x if len(x) == 1 else torch.empty(2**58, dtype=torch.uint8)
+"""
+
+
+def test_your_own_student_stands_in_the_working_directory(tmp_path: Path):
+    """With the installed command, which does not look there by itself."""
+    (tmp_path / "own.py").write_text(OWN)
+    own = TINY.replace('architecture = "mobilenetv2"\nwidth = 0.25', 'architecture = "own:make"').replace("= 4", "= 1")
+    (tmp_path / "mine.toml").write_text(own)
+    installed = [str(Path(sys.executable).parent / "edgekit")]
+    for arguments, code in (
+        (["distill", "mine.toml"], 0),
+        (["export", "--int8"], 0),
+        (["distill", "mine.toml", "--set", "student.options.greedy=true"], 4),
+    ):
+        done = subprocess.run([*installed, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "mine.toml: out of memory. Lower train.batch_size" in done.stderr.strip().splitlines()[-1]

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,14 +66,31 @@ def test_your_own_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "def wrong(classes, channels):\n"
         "    return nn.Flatten()\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)  # found from the working directory, as with the installed command
+    before = list(sys.path)
     network = build(architecture="mine:make", options={"hidden": 5})
     models.save(network, tmp_path / "s.safetensors")
-    assert models.load(tmp_path / "s.safetensors")(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    again = models.load(tmp_path / "s.safetensors", factory="mine:make")
+    assert again(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert sys.path == before
     with pytest.raises(EdgekitError, match=r"mine:wrong.*\(1, 3072\)"):
         build(architecture="mine:wrong")
     with pytest.raises(EdgekitError, match="cannot import"):
         build(architecture="nowhere:make")
+    with pytest.raises(EdgekitError, match=r"mine:make.*cannot be built.*hidden"):
+        build(architecture="mine:make")
+
+
+def test_what_a_weights_file_names_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    network = build(architecture="mobilenetv2", width=0.25)
+    network.spec = Student(architecture="bomb:make")
+    models.save(network, tmp_path / "s.safetensors")
+    (tmp_path / "bomb.py").write_text("from pathlib import Path\nPath('exploded').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    for factory in (None, "mine:make"):
+        with pytest.raises(EdgekitError, match=r"s\.safetensors: the file asks to import 'bomb:make'"):
+            models.load(tmp_path / "s.safetensors", factory=factory)
+    assert not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize(
@@ -81,6 +99,7 @@ def test_your_own_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ({"architecture": "mobilenetv3"}, "Did you mean 'mobilenetv2'"),
         ({"architecture": "mobilenetv2", "strides": (1, 2)}, "strides needs 7 numbers"),
         ({"architecture": "wideresnet", "depth": 30}, "should be 6 n"),
+        ({"architecture": "wideresnet", "depth": 10, "width": 0.01}, "cannot be built for images of"),
     ],
 )
 def test_an_impossible_student_is_refused(spec: dict, said: str):
