@@ -12,17 +12,17 @@ from edgekit.attacks.search import Search
 from edgekit.classifier import Classifier
 from edgekit.errors import choose
 
-NEEDS = ("twin", "float")  # the sources, in the order in which Pair takes them
+NEEDS = ("twin", "float")  # the sources that a Pair holds
 BALANCE = 1.0  # the paper's c: how much the twin's answer weighs against the float model's
 
 
 class Pair:
-    """Two Classifiers as one source: logits (N, 2, K), the twin's before the float model's."""
+    """Classifiers as one source: logits (N, 2, K), in the order of NEEDS."""
 
     differentiable = True
 
-    def __init__(self, twin: Classifier, float_model: Classifier) -> None:
-        self._members = twin, float_model
+    def __init__(self, *members: Classifier) -> None:
+        self._members = members
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.stack([member(images) for member in self._members], 1)
@@ -30,8 +30,8 @@ class Pair:
 
 def divergence(logits: Tensor, labels: Tensor) -> Tensor:
     """Probability of the true class in the float model minus that in the twin (N,), of `logits` (N, 2, K)."""
-    true = logits.softmax(2).gather(2, labels[:, None, None].expand(-1, 2, 1)).squeeze(2)
-    return true[:, 1] - BALANCE * true[:, 0]
+    twin, original = logits.softmax(2).gather(2, labels[:, None, None].expand(-1, 2, 1)).squeeze(2).unbind(1)
+    return original - BALANCE * twin
 
 
 def diva(
