@@ -4,7 +4,7 @@ The file is made here from the float student (benchmarks/students) and judged in
 the file's twin are the sources. "adds" counts the samples that an attack alone of all fooled: what would be lost
 without it. No peer: the ratios of this table are there to choose the members of `deployed`.
 
-    python benchmarks/suite.py --data FOLDER [--attack A,B] [--norm Linf|L2] [--quick] [--json]
+    python benchmarks/suite.py --data FOLDER [--attack A,B] [--norm Linf|L2] [--samples N] [--quick] [--json]
 """
 
 import tempfile
@@ -39,6 +39,7 @@ def main(
     ] = None,
     attack: Annotated[str, typer.Option(help="Attacks and suites, separated by commas.")] = CANDIDATES,
     norm: Annotated[str, typer.Option(help="Linf or L2.")] = "Linf",
+    samples: Annotated[int, typer.Option(min=1, help="Images to attack; not for --quick.")] = SAMPLES,
     quick: Annotated[
         bool, typer.Option("--quick", help="64 of the 100 images in the repository, fewer steps.")
     ] = False,
@@ -48,7 +49,7 @@ def main(
     attacks = parse("pgd10,pgd10-margin,apgdt5,square100,nes100,diva10" if quick else attack, norm)
     torch.set_num_threads(1)
     student = models.load(CIFAR10.weights).requires_grad_(False)
-    count = QUICK_SAMPLES if quick else SAMPLES
+    count = QUICK_SAMPLES if quick else samples
     split = picked(data, count + CALIBRATION, quick=quick)
     images, labels, index = split.floats()[:count], split.labels[:count], split.index[:count]
     with tempfile.TemporaryDirectory() as scratch:
