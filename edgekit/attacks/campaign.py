@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from edgekit.attacks import Attack
+from edgekit.attacks.diva import Pair
+from edgekit.attacks.grid import Grid, require
 from edgekit.classifier import Classifier, predict
 from edgekit.randomness import derive
 
@@ -28,7 +31,8 @@ class Outcome:
         adversarial: (N, C, H, W): the clean image where that is wrong; else the image of the first attack and source
             that fooled; where none did, the strongest of the first one.
         winner: (N,) int64, the place in `fooled` of the pair that won; -1 where none did, -2 where wrong when clean.
-        seconds: for each attack, the time that it took from all its sources.
+        seconds: for each attack that ran, the time that it took from all its sources.
+        skipped: names of the attacks that no source was there for.
     """
 
     clean: Tensor
@@ -36,6 +40,7 @@ class Outcome:
     adversarial: Tensor
     winner: Tensor
     seconds: dict[str, float]
+    skipped: tuple[str, ...] = ()
 
     @property
     def robust(self) -> Tensor:
@@ -50,6 +55,56 @@ class Outcome:
         return list(attacks), list(sources)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one attack from one source made of one chunk of M samples.
+
+    Attributes:
+        adversarial: (M, C, H, W): the clean image where that is wrong; else the one of the first start that fooled;
+            where none did, the strongest of the first start.
+        fooled: (M,) bool; True where wrong when clean.
+        seconds: that it took.
+    """
+
+    adversarial: Tensor
+    fooled: Tensor
+    seconds: float
+
+
+class Memory(Protocol):
+    """Where finished parts are kept, so that an interrupted `confront` goes on where it was.
+
+    It belongs to one call: the same judge, sources, samples, seed, epsilon and grid.
+    """
+
+    def recall(self, attack: str, source: str, chunk: int) -> Part | None:
+        """The part that was kept, or None."""
+        ...
+
+    def keep(self, attack: str, source: str, chunk: int, part: Part) -> None: ...
+
+
+class Forgetful:
+    """The Memory that keeps nothing."""
+
+    def recall(self, attack: str, source: str, chunk: int) -> Part | None:
+        return None
+
+    def keep(self, attack: str, source: str, chunk: int, part: Part) -> None:
+        pass
+
+
+def followed(attack: Attack, judge: Classifier, sources: Mapping[str, Classifier]) -> dict[str, Classifier]:
+    """The sources that `attack` runs from, one run each, by name; none where what it needs is missing."""
+    if not attack.gradients:
+        return {SCORES: judge}
+    if not attack.needs:
+        return dict(sources)
+    if not set(attack.needs) <= set(sources):
+        return {}
+    return {"+".join(attack.needs): Pair(*(sources[name] for name in attack.needs))}
+
+
 def confront(
     judge: Classifier,
     sources: Mapping[str, Classifier],
@@ -60,6 +115,8 @@ def confront(
     *,
     seed: int,
     epsilon: float,
+    grid: bool = False,
+    memory: Memory | None = None,
     advance: Callable[[Attack, int], None] = lambda attack, samples: None,
 ) -> Outcome:
     """Run every attack from every source, with all its starts, on all samples.
@@ -71,30 +128,65 @@ def confront(
         labels: (N,) int64, the true classes.
         index: (N,) int64, each sample's place in the data: start r of sample i is drawn from (seed, r, index[i]).
         epsilon: radius, in units of the [0, 1] range.
-        advance: told how many samples an attack has done with, of N for each source (of N alone without gradients).
+        grid: whether the judge is shown, and `adversarial` holds, only images of uint8 values.
+        memory: is asked for each part before it is computed, and told of it afterwards.
+        advance: told how many samples an attack has done with, of N for each source that it follows.
+
+    Raises:
+        EdgekitError: with `grid`, the clean images are not uint8 values.
     """
+    if grid:
+        require(images)
+    memory = memory or Forgetful()
     clean = predict(judge, images, CHUNK)
     wrong = clean.argmax(1) != labels
     winner = torch.where(wrong, _CLEAN, _ROBUST)
     adversarial, fooled, seconds = images.clone(), {}, {}
     for attack in attacks:
-        begin = time.perf_counter()
-        for name, source in (sources if attack.gradients else {SCORES: judge}).items():
+        shown = Grid(judge, epsilon, attack.norm) if grid else judge
+        for name, source in followed(attack, judge, sources).items():
             hits = wrong.clone()
-            for chunk in torch.arange(len(labels)).split(CHUNK):
-                left = chunk
-                for restart in range(attack.restarts):
-                    seeds = derive(seed, restart, samples=index[left])
-                    found, hit = attack.run(source, judge, images[left], labels[left], seeds=seeds, epsilon=epsilon)
-                    first = not fooled and restart == 0
-                    take = winner[left] == _ROBUST if first else hit & (winner[left] == _ROBUST)
-                    adversarial[left[take]] = found[take]
-                    winner[left[hit & take]] = len(fooled)
-                    hits[left[hit]] = True
-                    left = left[~hit]
-                    if not len(left):
-                        break
+            for number, chunk in enumerate(torch.arange(len(labels)).split(CHUNK)):
+                part = memory.recall(attack.name, name, number)
+                if part is None:
+                    begin = time.perf_counter()
+                    found, hit = _starts(
+                        attack, source, shown, images[chunk], labels[chunk], index[chunk], wrong[chunk], seed, epsilon
+                    )
+                    part = Part(found, hit, time.perf_counter() - begin)
+                    memory.keep(attack.name, name, number, part)
+                free = winner[chunk] == _ROBUST
+                take = free if not fooled else free & part.fooled
+                adversarial[chunk[take]] = part.adversarial[take]
+                winner[chunk[free & part.fooled]] = len(fooled)
+                hits[chunk] |= part.fooled
+                seconds[attack.name] = seconds.get(attack.name, 0.0) + part.seconds
                 advance(attack, len(chunk))
             fooled[attack.name, name] = hits
-        seconds[attack.name] = time.perf_counter() - begin
-    return Outcome(clean, fooled, adversarial, winner, seconds)
+    skipped = tuple(attack.name for attack in attacks if attack.name not in seconds)
+    return Outcome(clean, fooled, adversarial, winner, seconds, skipped)
+
+
+def _starts(
+    attack: Attack,
+    source: Classifier,
+    judge: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    wrong: Tensor,
+    seed: int,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    """All starts of one attack on one chunk; a sample that one fooled, or that is wrong when clean, takes no other."""
+    adversarial, fooled = images.clone(), wrong.clone()
+    for restart in range(attack.restarts):
+        left = (~fooled).nonzero().squeeze(1)
+        if not len(left):
+            break
+        seeds = derive(seed, restart, samples=index[left])
+        found, hit = attack.run(source, judge, images[left], labels[left], seeds=seeds, epsilon=epsilon)
+        take = hit if restart else torch.ones_like(hit)
+        adversarial[left[take]] = found[take]
+        fooled[left[hit]] = True
+    return adversarial, fooled

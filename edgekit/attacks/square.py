@@ -7,8 +7,7 @@ attacks, these were blind.
 import torch
 from torch import Tensor
 
-from edgekit.attacks.losses import margin
-from edgekit.attacks.pgd import ball
+from edgekit.attacks.search import Search
 from edgekit.classifier import Classifier
 from edgekit.randomness import derive, integers
 
@@ -31,49 +30,33 @@ def square(
 
     Args:
         source: unused, all attacks take one.
-        judge: Classifier to fool; it sees the clean image and then `queries` candidates of each sample at most.
-        images: (N, C, H, W) float32 in [0, 1].
-        labels: (N,) int64, the true classes.
-        seeds: (N,) int64; all that sample i tries is drawn from seeds[i]. None draws from 0.
-        epsilon: radius of the ball, in units of the [0, 1] range.
-        queries: candidates that are judged, at least 1.
-
-    Returns:
-        adversarial (N, C, H, W): the clean image where that is wrong already, else the candidate of highest margin.
-        fooled (N,) bool: whether `judge` errs on it.
+        seeds: all that sample i tries is drawn from seeds[i]. None draws from 0.
+        queries: candidates of each sample that are judged at most, after the clean image; at least 1.
     """
     seeds = torch.zeros_like(labels) if seeds is None else seeds
     _, channels, height, width = images.shape
-    with torch.no_grad():
-        fooled = judge(images).argmax(1) != labels
-        adversarial, highest = images.clone(), torch.full(labels.shape, -torch.inf, device=images.device)
-        low, high = ball(images, epsilon)
-        rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
-        for query in range(queries):
-            active = (~fooled).nonzero().squeeze(1)
-            if not len(active):
-                break
-            drawn = derive(query, samples=seeds[active.to(seeds.device)])
-            if query == 0:  # vertical stripes one pixel wide: the paper's start
-                up = _signs(drawn, channels * width, images.device).view(-1, channels, 1, width)
-                x = torch.where(up, high[active], low[active])
-            else:
-                size = side(query, queries, height, width)
-                place = integers(drawn, 2, 1 << 20).to(images.device)
-                top, left = place[:, :1] % (height - size + 1), place[:, 1:] % (width - size + 1)
-                down = (rows >= top) & (rows < top + size)
-                across = (columns >= left) & (columns < left + size)
-                inside = (down[:, :, None] & across[:, None, :])[:, None]
-                # Seeds of their own: the place must not foretell the signs.
-                up = _signs(derive(query, 1, samples=drawn), channels, images.device).view(-1, channels, 1, 1)
-                x = torch.where(inside, torch.where(up, high[active], low[active]), adversarial[active])
-            logits = judge(x)
-            value = margin(logits, labels[active])
-            hit = logits.argmax(1) != labels[active]
-            keep = hit | (value > highest[active])
-            adversarial[active[keep]], highest[active[keep]] = x[keep], value[keep]
-            fooled[active[hit]] = True
-    return adversarial, fooled
+    search = Search(judge, images, labels)
+    rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
+    for query in range(queries):
+        if search.over:
+            break
+        drawn = derive(query, samples=seeds[search.active.to(seeds.device)])
+        low, high = (search.center - epsilon).clamp(min=0), (search.center + epsilon).clamp(max=1)
+        if query == 0:  # vertical stripes one pixel wide: the paper's start
+            up = _signs(drawn, channels * width, images.device).view(-1, channels, 1, width)
+            x = torch.where(up, high, low)
+        else:
+            size = side(query, queries, height, width)
+            place = integers(drawn, 2, 1 << 20).to(images.device)
+            top, left = place[:, :1] % (height - size + 1), place[:, 1:] % (width - size + 1)
+            down = (rows >= top) & (rows < top + size)
+            across = (columns >= left) & (columns < left + size)
+            inside = (down[:, :, None] & across[:, None, :])[:, None]
+            # Seeds of their own: the place must not foretell the signs.
+            up = _signs(derive(query, 1, samples=drawn), channels, images.device).view(-1, channels, 1, 1)
+            x = torch.where(inside, torch.where(up, high, low), search.adversarial[search.active])
+        search.show(x)
+    return search.result
 
 
 def side(query: int, queries: int, height: int, width: int) -> int:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekit.attacks.apgd import _settle, apgd, checkpoints
+from edgekit.attacks.apgd import _settle, apgd, checkpoints, targeted
 from edgekit.attacks.losses import LOSSES
 from edgekit.attacks.pgd import pgd
+from edgekit.attacks.targets import likeliest
 from edgekit.classifier import Wrapped
 from edgekit.errors import EdgekitError
 from edgekit.randomness import derive, uniform
@@ -90,7 +91,7 @@ def test_a_step_is_halved_where_too_few_steps_rose_or_nothing_better_came_with_a
         "size": torch.ones(4),
         "x": here,
         "best": best,
-        "best_slope": -torch.ones(4, 1, 1, 1),
+        "best_gradient": -torch.ones(4, 1, 1, 1),
     }
     slope = _settle(state, torch.ones(4, 1, 1, 1), 20)
     assert state["size"].tolist() == [1.0, 0.5, 1.0, 0.5]
@@ -128,3 +129,48 @@ def test_dlr_needs_three_classes() -> None:
     images = torch.rand(2, 1, 2, 2)
     with pytest.raises(EdgekitError, match="three classes"):
         apgd(two, two, images, two(images).argmax(1), seeds=None, loss="dlr")
+
+
+def test_wrong_classes_come_from_the_likeliest_downwards_and_without_the_true_one() -> None:
+    logits = torch.tensor([[5.0, 1.0, 3.0], [5.0, 1.0, 3.0]])
+    source = Wrapped(lambda images: logits, differentiable=True)
+    found = likeliest(source, torch.zeros(2, 1, 1, 1), torch.tensor([0, 2]), 9)
+    assert [target.tolist() for target in found] == [[2, 0], [1, 1]]
+    assert len(likeliest(source, torch.zeros(2, 1, 1, 1), torch.tensor([0, 2]), 1)) == 1
+
+
+def test_each_target_is_tried_and_more_of_them_find_more(net, digits) -> None:
+    images, labels = digits[2:]
+    found = [
+        targeted(net, net, images, labels, seeds=SEEDS, epsilon=0.06, steps=10, targets=targets) for targets in (1, 9)
+    ]
+    assert (found[1][1] | ~found[0][1]).all()
+    assert found[1][1].sum() > found[0][1].sum()
+    untargeted = apgd(net, net, images, labels, seeds=SEEDS, epsilon=0.06, steps=10)[1]
+    assert found[1][1].sum() >= untargeted.sum() - 1
+    for adversarial, fooled in found:
+        assert net(adversarial).argmax(1).ne(labels).equal(fooled)
+        assert (adversarial - images).abs().max() <= 0.06 + 1e-6
+
+
+def test_a_linear_judge_of_four_classes_falls_exactly_where_one_wrong_class_is_in_reach() -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight, images = torch.randn(4, 27, generator=generator), 0.4 + 0.2 * torch.rand(200, 3, 3, 3, generator=generator)
+    bias = -(images.flatten(1) @ weight.T).mean(0)
+    judge = Wrapped(lambda batch: batch.flatten(1) @ weight.T + bias, differentiable=True)
+    logits = judge(images)
+    labels = logits.argmax(1)
+    for norm, dual in (("Linf", 1), ("L2", 2)):
+        away = torch.linalg.vector_norm(weight[None] - weight[labels][:, None], ord=dual, dim=2)
+        distance = (logits.gather(1, labels[:, None]) - logits) / away  # to each border, by Hoelder's inequality
+        distance = distance.scatter(1, labels[:, None], torch.inf).amin(1)
+        epsilon = 1.0005 * distance.median().item()
+        adversarial, fooled = targeted(
+            judge, judge, images, labels, seeds=None, epsilon=epsilon, steps=30, targets=3, norm=norm
+        )
+        assert (fooled != (distance < epsilon)).sum() <= 1
+        assert 90 < fooled.sum() < 110
+        assert (
+            torch.linalg.vector_norm((adversarial - images).flatten(1), ord={1: torch.inf, 2: 2}[dual], dim=1).max()
+            <= epsilon + 1e-6
+        )

@@ -1,18 +1,20 @@
 """The worst case over attacks, sources and starts, against the same attacks run one by one."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from edgekit.attacks import Attack, parse
-from edgekit.attacks.campaign import confront
+from edgekit.attacks.campaign import Outcome, Part, confront
 from edgekit.classifier import Wrapped
+from edgekit.errors import EdgekitError
 from edgekit.randomness import derive
 
 torch.set_num_threads(1)
 
 
 def test_a_sample_is_robust_only_where_no_attack_source_or_start_fools(net, digits) -> None:
-    images, labels = digits[2:]
+    images, labels = digits[2][:120], digits[3][:120]
     index = torch.arange(1000, 1000 + len(labels))
     blurred = Wrapped(lambda batch: net(0.7 * batch + 0.1), differentiable=True)
     judge = Wrapped(lambda batch: net(batch).detach(), differentiable=False)
@@ -94,3 +96,111 @@ def test_an_attack_without_gradients_runs_once_against_the_scores_whatever_sourc
     expected = alone.run(net, net, images, labels, seeds=derive(0, 0, samples=labels), epsilon=0.05)[1]
     assert outcome.fooled["square20", "scores"].equal(expected)
     assert outcome.robust.equal(~torch.stack(list(outcome.fooled.values())).any(0))
+
+
+def alike(one: Outcome, other: Outcome) -> bool:
+    same = all(one.fooled[pair].equal(other.fooled[pair]) for pair in one.fooled)
+    return (
+        same
+        and list(one.fooled) == list(other.fooled)
+        and one.adversarial.equal(other.adversarial)
+        and one.winner.equal(other.winner)
+    )
+
+
+class Notebook:
+    """A memory that breaks off after some parts, as a process does that is killed."""
+
+    def __init__(self) -> None:
+        self.parts: dict[tuple[str, str, int], Part] = {}
+        self.left = 0
+
+    def recall(self, attack: str, source: str, chunk: int) -> Part | None:
+        return self.parts.get((attack, source, chunk))
+
+    def keep(self, attack: str, source: str, chunk: int, part: Part) -> None:
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        assert (attack, source, chunk) not in self.parts
+        self.parts[attack, source, chunk] = part
+
+
+def test_a_run_that_is_interrupted_again_and_again_ends_as_one_that_never_was(net, digits) -> None:
+    images, labels = digits[2:]
+    asked: list[int] = []
+    judge = Wrapped(lambda batch: asked.append(len(batch)) or net(batch).detach(), differentiable=False)
+    arguments = (judge, {"float": net, "twin": net}, parse("fgsm,pgd3x2,square5"), images, labels, labels)
+    undisturbed = confront(*arguments, seed=3, epsilon=0.05)
+    all_of_it = sum(asked)
+    asked.clear()
+    memory = Notebook()
+    for budget in range(4):  # 10 parts: 2 chunks of 2 + 2 + 1 pairs
+        memory.left = budget
+        with pytest.raises(KeyboardInterrupt):
+            confront(*arguments, seed=3, epsilon=0.05, memory=memory)
+    assert len(memory.parts) == 0 + 1 + 2 + 3
+    memory.left, before = 10, dict(memory.parts)
+    asked.clear()
+    resumed = confront(*arguments, seed=3, epsilon=0.05, memory=memory)
+    assert alike(resumed, undisturbed)
+    assert sum(asked) < all_of_it
+    assert all(memory.parts[key] is part for key, part in before.items())
+    asked.clear()
+    assert alike(confront(*arguments, seed=3, epsilon=0.05, memory=memory), undisturbed)
+    assert sum(asked) == len(images)  # nothing but the clean images
+    assert resumed.seconds["fgsm"] == sum(part.seconds for key, part in memory.parts.items() if key[0] == "fgsm")
+
+
+def test_an_attack_whose_sources_are_missing_is_skipped_and_named(net, digits) -> None:
+    images, labels = digits[2][:60], digits[3][:60]
+    attacks = parse("diva4,fgsm,square5")
+
+    def run(sources: dict) -> Outcome:
+        return confront(net, sources, attacks, images, labels, labels, seed=0, epsilon=0.05)
+
+    both = run({"float": net, "twin": net})
+    assert both.skipped == ()
+    assert ("diva4", "twin+float") in both.fooled
+    one = run({"float": net})
+    assert one.skipped == ("diva4",)
+    assert list(one.fooled) == [("fgsm", "float"), ("square5", "scores")]
+    none = run({})
+    assert none.skipped == ("diva4", "fgsm")
+    nothing = confront(net, {}, parse("diva4"), images, labels, labels, seed=0, epsilon=0.05)
+    assert nothing.skipped == ("diva4",)
+    assert nothing.robust.equal(net(images).argmax(1) == labels)
+    assert nothing.adversarial.equal(images)
+    assert set(nothing.won()[0]) == {"", "clean"}
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 20 / 255), ("Linf", 0.07), ("L2", 0.7)])
+def test_on_the_grid_the_judge_sees_what_is_returned_and_both_are_uint8_images_in_the_ball(
+    net, digits, norm: str, epsilon: float
+) -> None:
+    images, labels = (digits[2] * 255).round() / 255, digits[3]
+    seen: list[Tensor] = []
+    judge = Wrapped(lambda batch: seen.append(batch.clone()) or net(batch).detach(), differentiable=False)
+    names = "pgd6,fab4,nes20" if norm == "L2" else "pgd6,apgd6,square20"
+    arguments = (judge, {"float": net}, parse(names, norm), images, labels, labels)
+    outcome = confront(*arguments, seed=0, epsilon=epsilon, grid=True)
+    for batch in [*seen, outcome.adversarial]:
+        assert batch.equal((batch * 255).round().clamp(0, 255) / 255)
+    order = float("inf") if norm == "Linf" else 2
+    moved = torch.linalg.vector_norm(outcome.adversarial - images, ord=order, dim=(1, 2, 3))
+    assert moved.max() <= epsilon + 1e-6
+    assert moved.max() > 0.9 * epsilon
+    fooled = outcome.winner >= 0
+    assert net(outcome.adversarial).argmax(1).ne(labels).equal(~outcome.robust)
+    shown = {bytes(image.numpy().tobytes()) for batch in seen for image in batch}
+    assert all(image.numpy().tobytes() in shown for image in outcome.adversarial[fooled])
+    free = confront(*arguments, seed=0, epsilon=epsilon)
+    assert 0.7 * (~free.robust).sum() < (~outcome.robust).sum()
+    assert not free.adversarial.equal((free.adversarial * 255).round() / 255)
+
+
+def test_on_the_grid_clean_images_off_it_are_refused(net, digits) -> None:
+    with pytest.raises(EdgekitError, match="not uint8 values"):
+        confront(
+            net, {"float": net}, parse("pgd2"), digits[2] + 0.001, digits[3], digits[3], seed=0, epsilon=0.1, grid=True
+        )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekit.attacks.pgd import ascent, pgd
+from edgekit.attacks.norms import NORMS, slope
+from edgekit.attacks.pgd import pgd
 from edgekit.classifier import Wrapped
 from edgekit.errors import EdgekitError
 from edgekit.randomness import derive
@@ -102,7 +103,9 @@ def test_a_slope_as_small_as_float32_allows_is_not_lost_in_a_large_batch() -> No
     torch.set_flush_denormal(True)  # as verify does
     try:
         x = torch.ones(200, 1, 2, 2, requires_grad=True)
-        assert ascent((4e-38 * x).flatten(1).sum(1), x).equal(torch.ones(200, 1, 2, 2))
+        gradient = slope((4e-38 * x).flatten(1).sum(1), x)
+        assert NORMS["Linf"].steepest(gradient).equal(torch.ones(200, 1, 2, 2))
+        assert NORMS["L2"].steepest(gradient).allclose(torch.full((200, 1, 2, 2), 0.5))
     finally:
         torch.set_flush_denormal(False)
 
@@ -187,12 +190,11 @@ def test_the_judge_sees_every_iterate_and_what_fooled_leaves_the_batch(net, digi
     for batch in judge.seen[1:]:
         assert len(batch) == len(active)
         logits = net(batch)
-        other = torch.tensor(
+        margin = torch.tensor(
             [max(row[j] for j in range(10) if j != y) - row[y] for row, y in zip(logits, labels[active], strict=True)]
         )
-        ce = -logits.log_softmax(1)[torch.arange(len(active)), labels[active]]
         for place, sample in enumerate(active.tolist()):
-            value = (ce if loss == "ce" else other)[place]
+            value = margin[place]  # whatever is climbed
             if logits[place].argmax() != labels[sample]:
                 wrong[sample], expected[sample] = True, batch[place]
             elif value > best[sample]:
@@ -265,7 +267,42 @@ def test_a_source_without_usable_gradients_spoils_no_image(net, digits) -> None:
     assert (adversarial - images).abs().max() <= 0.05 + 1e-6
 
 
+def test_under_l2_a_linear_judge_is_fooled_exactly_where_cauchy_and_schwarz_say() -> None:
+    weight, images = torch.linspace(-1, 1, 48).view(3, 4, 4), 0.4 + 0.2 * random_images(96, 3, 4, 4)
+    judge = linear(weight, -(images * weight).flatten(1).sum(1).median().item())
+    labels = judge(images).argmax(1)
+    distance = judge(images)[:, 0].abs() / weight.square().sum().sqrt()
+    epsilon = 1.001 * distance.median().item()
+    arguments = {"seeds": None, "epsilon": epsilon, "step_size": 2 * epsilon, "steps": 2}
+    adversarial, fooled = pgd(judge, judge, images, labels, **arguments, norm="L2")
+    assert fooled.equal(distance < epsilon)
+    assert 40 < fooled.sum() < 56
+    assert (adversarial - images).square().sum((1, 2, 3)).max() <= (epsilon + 1e-6) ** 2
+    everywhere = pgd(judge, judge, images, labels, **arguments)[1]  # the cube around the same ball
+    assert everywhere.sum() > 90
+
+
+def test_kl_leaves_the_clean_answer_behind_as_trades_does(net, digits) -> None:
+    images, labels = digits[2:]
+    clean = net(images).double().softmax(1)
+
+    def divergence(x: Tensor) -> Tensor:  # by its definition
+        now = net(x).double().softmax(1)
+        return (clean * (clean / now).log()).sum(1)
+
+    unmoved = Recorder(Wrapped(lambda batch: torch.eye(10)[:1].expand(len(batch), 10), differentiable=False))
+    pgd(net, unmoved, images, torch.zeros_like(labels), seeds=SEEDS, epsilon=0.06, loss="kl")
+    start, last = unmoved.seen[1], unmoved.seen[-1]
+    noise = (images + 0.06 * (2 * random_images(*images.shape) - 1).sign()).clamp(0, 1)
+    assert (divergence(last) > divergence(noise)).float().mean() > 0.95
+    assert (start - images)[(images > 0.01) & (images < 0.99)].std().item() == pytest.approx(0.001, rel=0.05)
+    fooled = [pgd(net, net, images, labels, seeds=SEEDS, epsilon=0.06, loss=loss)[1].sum() for loss in ("kl", "ce")]
+    assert 0.6 * fooled[1] < fooled[0] < fooled[1]  # it names no true class, so some answers only grow surer
+
+
 def test_an_unknown_loss_is_named() -> None:
     image = torch.rand(1, 1, 2, 2)
     with pytest.raises(EdgekitError, match="Did you mean 'margin'"):
         pgd(linear(image[0]), linear(image[0]), image, torch.tensor([0]), seeds=None, loss="margn")
+    with pytest.raises(EdgekitError, match="Did you mean 'L2'"):
+        pgd(linear(image[0]), linear(image[0]), image, torch.tensor([0]), seeds=None, norm="l2")

@@ -1,0 +1,12 @@
+"""Attacks that belong together, by one name that stands for all of them."""
+
+SUITES: dict[str, str] = {
+    # Croce and Hein, ICML 2020, arXiv:2003.01690: the standard version, parameter for parameter of its authors' code
+    # (without its first step, which looks up what is wrong when clean).
+    "autoattack": "apgd100,apgdt100,fab100,square5000",
+    # The columns of Zi et al., ICCV 2021, arXiv:2108.07969: FGSM, PGD_SAT and PGD_TRADES, which differ in the step
+    # alone, CW-infinity, which is 30 steps on the margin, and AutoAttack.
+    "rslad": "fgsm,pgd20@2/255,pgd20@0.003,pgd30-margin,autoattack",
+    # The default of verify: the cheapest union that is strong on int8 files.
+    "deployed": "pgd20,pgd20-margin,apgdt10,nes500",
+}
