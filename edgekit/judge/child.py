@@ -107,10 +107,10 @@ def opened(arguments: argparse.Namespace) -> tuple[protocol.Scores, int]:
 
 def sentence(error: Exception, memory: int = 0) -> str:
     """What a runtime raised, in one line."""
-    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
     if isinstance(error, MemoryError):
-        said = f"out of memory: {said}"
-    return _memory(said, memory) or f"its runtime fails ({printable(said)})"
+        return _memory("out of memory", memory) or "its runtime is out of memory"
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    return _memory(str(error), memory) or f"its runtime fails ({printable(said)})"
 
 
 def _memory(said: str, memory: int) -> str | None:

@@ -141,7 +141,7 @@ class Remote:
         batch = f"{len(chunk):,} image{'s' * (len(chunk) != 1)} of {'x'.join(map(str, chunk.shape[1:]))}"
         pixels = numpy.ascontiguousarray(chunk.numpy(), "<f4")
         self._sent, self._rows = self._sent + len(chunk), len(chunk)
-        self._outgoing = [memoryview(REQUEST.pack(*chunk.shape)), memoryview(pixels).cast("B")]
+        self._outgoing = [memoryview(REQUEST.pack(*chunk.shape)), pixels.data.cast("B")]
         self._task, self._when = f"read {batch}", f"before it had read {batch}"
         self._until(lambda: not self._outgoing)
         self._task, self._when = f"answer {batch}", f"before its answer to {batch}"
@@ -197,8 +197,9 @@ class Remote:
             self._ended = True
         total = self._total()
         if len(self._incoming) > total:
-            unasked = len(self._incoming) - total
-            raise self._lied(f"sent {unasked:,} byte{'s' * (unasked != 1)} more than its answer has")
+            beyond = len(self._incoming) - total
+            said = "more than its answer has" if total else "that nobody asked for"
+            raise self._lied(f"sent {beyond:,} byte{'s' * (beyond != 1)} {said}")
 
     def _total(self) -> int:
         """The bytes of the answer that is due; those of its header until that has arrived."""

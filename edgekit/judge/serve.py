@@ -10,6 +10,7 @@ import socketserver
 import sys
 import threading
 from io import RawIOBase
+from typing import cast
 
 import numpy
 
@@ -57,16 +58,16 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 class _Conversation(socketserver.BaseRequestHandler):
-    server: Server
-
     def handle(self) -> None:
+        server = cast(Server, self.server)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         stream: RawIOBase = self.request.makefile("rwb", buffering=0)
-        protocol.serve(stream, stream, self._scores, classes=self.server.classes)
 
-    def _scores(self, pixels: numpy.ndarray) -> numpy.ndarray:
-        with self.server.turn:
-            return self.server.scores(pixels)
+        def scores(pixels: numpy.ndarray) -> numpy.ndarray:
+            with server.turn:
+                return server.scores(pixels)
+
+        protocol.serve(stream, stream, scores, classes=server.classes)
 
 
 def main() -> None:
