@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from edgekit.report.evidence import Curves, Evidence, gather
 from edgekit.verdict import (
     AttackResult,
     Check,
@@ -90,3 +91,49 @@ def hostile(name):
     other = dataclasses.replace(absent(name), why=name, command=name)
     outside = {"data": Data(name, name, name), "machine": Machine(name, name, {name: name}), "attacks": [name]}
     return document(one, other, **outside)
+
+
+def images(count=719, channels=3, size=16):
+    """Smooth pictures, a different one for each sample: (N, C, H, W) float32 in [0, 1]."""
+    x, y = np.meshgrid(np.linspace(0, 3, size), np.linspace(0, 3, size))
+    phase = np.arange(count * channels).reshape(count, channels, 1, 1)
+    return (0.5 + 0.4 * np.sin(x + phase) * np.cos(y + 0.7 * phase)).astype(np.float32)
+
+
+def seen(name="onnx-int8", robust=480, classes=10, student=True, **more):
+    """The evidence that belongs to `file(robust, name)`: sample i is robust on the file where i < robust."""
+    clean, places = images(), np.arange(719)
+    change = np.sign(np.sin(places.reshape(-1, 1, 1, 1) + 7 * clean * 30)) * 8 / 255
+    stands = places < robust
+    labels = places * 7 % classes
+    fooled = np.where(places % 3, "twin", "float")
+    beside = {"float_clean": CLEAN, "float_robust": ROBUST, "float_says": labels} if student else {}
+    return gather(
+        name,
+        images=clean,
+        labels=labels,
+        index=places + 1000,
+        file_clean=CLEAN,
+        file_robust=stands,
+        adversarial=np.clip(clean + change * ~stands.reshape(-1, 1, 1, 1), 0, 1).astype(np.float32),
+        file_says=np.where(stands, labels, (labels + 1) % classes),
+        attacks=["" if right else "pgd20" if known else "clean" for right, known in zip(stands, CLEAN, strict=True)],
+        sources=[
+            "" if right or not known else source for right, known, source in zip(stands, CLEAN, fooled, strict=True)
+        ],
+        **(beside | more),
+    )
+
+
+def falling(top, epsilon=8 / 255):
+    """Curves as an attack that works leaves them."""
+    radii = [0, 2 / 255, 4 / 255, epsilon, 16 / 255, 32 / 255]
+    shares = (0.95, 0.9 * top + 0.08, top + 0.1, top, top / 4, 0.0)
+    steps = {1: top + 0.12, 5: top + 0.04, 10: top + 0.015, 20: top, 50: top - 0.002}
+    return Curves(dict(zip(radii, shares, strict=True)), steps)
+
+
+def evidence(
+    *files, classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+):
+    return Evidence(files, tuple(classes), falling(0.69), {"torch": "2.14.1"}, {"student": "sha256 " + "2" * 64})
