@@ -14,7 +14,7 @@ from edgekit.files import write_text
 from edgekit.report import pictures, svg, words
 from edgekit.report.checks import EXPLAINED, Explanation
 from edgekit.report.evidence import ClassCount, Crossing, Curves, Evidence, FileEvidence, Picture
-from edgekit.verdict import ArtifactVerdict, Check, Verdict
+from edgekit.verdict import Accuracy, ArtifactVerdict, Check, Verdict
 
 CLASSES = 40  # rows of a table of classes: beyond them, those that lost most are shown
 
@@ -48,6 +48,7 @@ def to_html(verdict: Verdict, evidence: Evidence | None = None, command: str = "
     environment.filters |= {"signed": words.signed, "p_value": words.p_value}
     known = evidence or Evidence()
     files = [_file(verdict, one, known) for one in verdict.artifacts]
+    classes, classes_left_out = _classes(files, known)
     return environment.get_template("page.html").render(
         verdict=verdict,
         closing=words.closing(verdict, "below"),
@@ -61,7 +62,9 @@ def to_html(verdict: Verdict, evidence: Evidence | None = None, command: str = "
         charts=_charts(verdict, files, known),
         checks=_checks(verdict),
         facts=_facts(verdict, known, command),
-        class_rows=CLASSES,
+        classes=classes,
+        class_files=[file.one.name for file in files if file.seen.classes],
+        classes_left_out=classes_left_out,
     )
 
 
@@ -74,8 +77,6 @@ class _File:
     seen: FileEvidence
     change: Any  # a chart, or None
     crossings: list[tuple[str, Crossing, Any]]
-    classes: list[tuple[str, ClassCount, Any]]
-    classes_left_out: int
     gallery: list[dict[str, Any]]
     won: list[tuple[str, int]]
     rests_on: list[str]
@@ -83,21 +84,40 @@ class _File:
 
 def _file(verdict: Verdict, one: ArtifactVerdict, known: Evidence) -> _File:
     seen = next((file for file in known.files if file.name == one.name), FileEvidence(one.name))
-    place = verdict.artifacts.index(one)
-    ranked = sorted(seen.classes, key=_lost, reverse=True)[:CLASSES]
-    shown = seen.classes if len(seen.classes) <= CLASSES else ranked
     return _File(
         one=one,
-        kind=svg.colour(place),
+        kind=svg.colour(verdict.artifacts.index(one)),
         seen=seen,
         change=_change(verdict, one),
         crossings=_crossings(seen),
-        classes=[(_class(known, count.label), count, _pair(count)) for count in shown],
-        classes_left_out=len(seen.classes) - len(shown),
         gallery=[_card(verdict, known, picture) for picture in seen.pictures],
         won=sorted(((_winner(*pair), count) for pair, count in seen.won.items()), key=lambda item: -item[1]),
         rests_on=words.rests_on(one),
     )
+
+
+def _class(known: Evidence, label: int) -> str:
+    return words.name(known.classes[label]) if 0 <= label < len(known.classes) else f"class {label}"
+
+
+def _classes(files: list[_File], known: Evidence) -> tuple[list[dict[str, Any]], int]:
+    """The rows of the table of classes, and how many of them are left out."""
+    judged = [(file.kind, {count.label: count for count in file.seen.classes}) for file in files if file.seen.classes]
+    labels = sorted({label for _, counts in judged for label in counts})
+
+    def lost(label: int) -> float:
+        return max(_lost(counts[label]) for _, counts in judged if label in counts)
+
+    shown = labels if len(labels) <= CLASSES else sorted(labels, key=lost, reverse=True)[:CLASSES]
+    rows = []
+    for label in shown:
+        here = [(kind, counts.get(label)) for kind, counts in judged]
+        lanes = [(kind, *_lane(count)) for kind, count in here if count]
+        samples = max(count.samples for _, count in here if count)
+        name = _class(known, label)
+        chart = svg.pairs(lanes, f"robust accuracy on {name}")
+        rows.append({"name": name, "samples": samples, "counts": [count for _, count in here], "chart": chart})
+    return rows, len(labels) - len(shown)
 
 
 def _lost(count: ClassCount) -> float:
@@ -105,15 +125,9 @@ def _lost(count: ClassCount) -> float:
     return (before - count.file_robust) / count.samples
 
 
-def _class(known: Evidence, label: int) -> str:
-    return words.name(known.classes[label]) if 0 <= label < len(known.classes) else f"class {label}"
-
-
-def _pair(count: ClassCount) -> Any:
+def _lane(count: ClassCount) -> tuple[float | None, float]:
     before = None if count.float_robust is None else count.float_robust / count.samples
-    after = count.file_robust / count.samples
-    said = "robust accuracy " + ("" if before is None else f"from {words.percent(before)} to ") + words.percent(after)
-    return svg.pair(before, after, said)
+    return before, count.file_robust / count.samples
 
 
 def _winner(attack: str, source: str) -> str:
@@ -129,10 +143,12 @@ def _change(verdict: Verdict, one: ArtifactVerdict) -> Any:
     if one.change is None:
         return None
     paired = [file.change.robust for file in verdict.artifacts if file.change]
-    reach = svg.reach([end for change in paired for end in (change.low, change.high)] + [1.5 * verdict.tolerance])
+    # One axis for all files, wide enough for the longest interval and for the limit with room on its left.
+    lowest = min([change.low for change in paired] + [-1.5 * verdict.tolerance])
+    highest = max([change.high for change in paired] + [0.25 * verdict.tolerance, 0.002])
     robust = one.change.robust
     said = f"change of robust accuracy in points: {words.signed(robust)}"
-    return svg.interval(robust.value, robust.low, robust.high, verdict.tolerance, reach, said)
+    return svg.interval(robust.value, robust.low, robust.high, verdict.tolerance, (lowest, highest), said)
 
 
 def _crossings(seen: FileEvidence) -> list[tuple[str, Crossing, Any]]:
@@ -169,11 +185,10 @@ def _card(verdict: Verdict, known: Evidence, picture: Picture) -> dict[str, Any]
 def _attacks(verdict: Verdict) -> list[dict[str, Any]]:
     """The rows of files x attacks: what is called so, and for each file its share and interval, or None."""
 
-    def figure(share: float | None) -> str | None:
+    def figure(share: float | None) -> Accuracy | None:
         if share is None:
             return None
-        low, high = statistics.wilson(round(share * verdict.samples), verdict.samples, verdict.confidence)
-        return f"{words.percent(share)} [{100 * low:.1f}, {100 * high:.1f}]"
+        return Accuracy(share, *statistics.wilson(round(share * verdict.samples), verdict.samples, verdict.confidence))
 
     rows: list[dict[str, Any]] = []
     by_file = [{attack.name: attack for attack in one.attacks} for one in verdict.artifacts]

@@ -1,6 +1,5 @@
 """The page's charts as inline SVG; colours are classes, which the page's CSS sets for light and dark."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 from markupsafe import Markup, escape
@@ -11,7 +10,7 @@ SERIES = 6  # colours that the page has; further lines repeat them dashed
 
 # A chart is as wide as a phone's column, so that its letters are never shrunk below what can be read.
 _WIDTH, _HEIGHT = 380, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 24, 12, 40
 
 
 def lines(
@@ -62,22 +61,24 @@ def colour(place: int) -> str:
     return f"series-{place % SERIES}" + (" dashed" if place >= SERIES else "")
 
 
-def interval(value: float, low: float, high: float, allowed: float, reach: float, title: str) -> Markup:
-    """A change and its interval on an axis from -reach to reach, all fractions; what lies beyond -allowed is shaded."""
+def interval(value: float, low: float, high: float, allowed: float, ends: tuple[float, float], title: str) -> Markup:
+    """A change and its interval, all fractions, on an axis between `ends`; what lies beyond -allowed is shaded."""
     width, height, middle = 220, 26, 13.0
 
     def across(share: float) -> float:
-        return 4 + (min(max(share, -reach), reach) + reach) / (2 * reach) * (width - 8)
+        return 6 + (share - ends[0]) / (ends[1] - ends[0]) * (width - 12)
+
+    def upright(kind: str, share: float, half: float) -> str:
+        at = f"{across(share):.1f}"
+        return f'<line class="{kind}" x1="{at}" x2="{at}" y1="{middle - half}" y2="{middle + half}"/>'
 
     parts = [
-        f'<rect class="beyond" x="4" y="2" width="{across(-allowed) - 4:.1f}" height="{height - 4}"/>',
-        f'<line class="zero" x1="{across(0):.1f}" x2="{across(0):.1f}" y1="2" y2="{height - 2}"/>',
-        f'<line class="limit" x1="{across(-allowed):.1f}" x2="{across(-allowed):.1f}" y1="2" y2="{height - 2}"/>',
+        f'<rect class="beyond" x="0" y="2" width="{across(-allowed):.1f}" height="{height - 4}"/>',
+        upright("zero", 0, 11),
+        upright("limit", -allowed, 11),
         f'<line class="whisker" x1="{across(low):.1f}" x2="{across(high):.1f}" y1="{middle}" y2="{middle}"/>',
-        *(
-            f'<line class="whisker" x1="{across(end):.1f}" x2="{across(end):.1f}" y1="{middle - 4}" y2="{middle + 4}"/>'
-            for end in (low, high)
-        ),
+        upright("whisker", low, 4),
+        upright("whisker", high, 4),
         f'<circle class="value" cx="{across(value):.1f}" cy="{middle}" r="4"/>',
     ]
     return _svg(width, height, title, parts, "interval")
@@ -95,39 +96,24 @@ def stacked(counts: Sequence[tuple[str, int]], title: str) -> Markup:
     return _svg(width, height, title, parts, "stacked", stretch=True)
 
 
-def pair(first: float | None, second: float, title: str) -> Markup:
-    """Two shares on an axis from 0 to 1, joined: the float student's as a ring, the file's as a dot."""
-    width, height, middle = 200, 16, 8.0
+def pairs(rows: Sequence[tuple[str, float | None, float]], title: str) -> Markup:
+    """Shares from 0 to 1, a lane for each (CSS classes, before, after): before is a ring, after a dot, joined."""
+    width, lane = 200, 14
 
     def across(share: float) -> float:
         return 6 + share * (width - 12)
 
-    parts = [f'<line class="axis" x1="6" x2="{width - 6}" y1="{middle}" y2="{middle}"/>']
-    if first is not None:
-        kind = "fall" if second < first else "rise"
-        parts.append(f'<line class="{kind}" x1="{across(first):.1f}" x2="{across(second):.1f}" y1="8" y2="8"/>')
-    parts.append(f'<circle class="value" cx="{across(second):.1f}" cy="{middle}" r="4"/>')
-    if first is not None:
-        parts.append(f'<circle class="ring" cx="{across(first):.1f}" cy="{middle}" r="4.5"/>')
-    return _svg(width, height, title, parts, "pair")
-
-
-def reach(ends: Sequence[float]) -> float:
-    """A round half-width, in fractions, of an axis that holds all `ends`."""
-    largest = max((abs(end) for end in ends), default=0.0)
-    steps = (0.02, 0.05, 0.1, 0.2, 0.5)
-    return next((step for step in steps if largest <= step), 1.0)
-
-
-def round_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """At most about `most` round numbers from low to high."""
-    if high <= low:
-        return [low]
-    raw = (high - low) / most
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    return [count * step for count in range(first, math.floor(high / step + 1e-9) + 1)]
+    parts = []
+    for place, (kind, before, after) in enumerate(rows):
+        y = lane * place + lane / 2 + 1
+        parts.append(f'<line class="rail" x1="6" x2="{width - 6}" y1="{y}" y2="{y}"/>')
+        if before is not None:
+            ends = f'x1="{across(before):.1f}" x2="{across(after):.1f}"'
+            parts.append(f'<line class="move {kind}" {ends} y1="{y}" y2="{y}"/>')
+        parts.append(f'<circle class="dot {kind}" cx="{across(after):.1f}" cy="{y}" r="4"/>')
+        if before is not None:
+            parts.append(f'<circle class="ring" cx="{across(before):.1f}" cy="{y}" r="4.5"/>')
+    return _svg(width, lane * len(rows) + 2, title, parts, "pairs")
 
 
 def _apart(ticks: Mapping[float, str], across: Callable[[float], float]) -> list[tuple[float, str]]:

@@ -92,9 +92,10 @@ def rests_on(one: ArtifactVerdict) -> list[str]:
     lines = []
     if one.float_robust_accuracy is not None and one.change is not None:
         robust = one.change.robust
+        samples = "sample withstands" if robust.only_float == 1 else "samples withstand"
         lines.append(
             f"float student under the same attacks: {percent(one.float_robust_accuracy.value)}; {robust.only_float} "
-            f"samples withstand only there, {robust.only_artifact} only here (McNemar p {p_value(robust)})"
+            f"{samples} only there, {robust.only_artifact} only here (McNemar p {p_value(robust)})"
         )
     if one.agreement is not None:
         lines.append(f"decides as the float student on {percent(one.agreement)} of the clean images")

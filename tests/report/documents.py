@@ -128,7 +128,7 @@ def seen(name="onnx-int8", robust=480, classes=10, student=True, **more):
 def falling(top, epsilon=8 / 255):
     """Curves as an attack that works leaves them."""
     radii = [0, 2 / 255, 4 / 255, epsilon, 16 / 255, 32 / 255]
-    shares = (0.95, 0.9 * top + 0.08, top + 0.1, top, top / 4, 0.0)
+    shares = (0.95, (0.95 + top) / 2 + 0.04, top + 0.1, top, top / 3, 0.02)
     steps = {1: top + 0.12, 5: top + 0.04, 10: top + 0.015, 20: top, 50: top - 0.002}
     return Curves(dict(zip(radii, shares, strict=True)), steps)
 
