@@ -108,21 +108,18 @@ def seen(name="onnx-int8", robust=480, classes=10, student=True, **more):
     labels = places * 7 % classes
     fooled = np.where(places % 3, "twin", "float")
     beside = {"float_clean": CLEAN, "float_robust": ROBUST, "float_says": labels} if student else {}
-    return gather(
-        name,
-        images=clean,
-        labels=labels,
-        index=places + 1000,
-        file_clean=CLEAN,
-        file_robust=stands,
-        adversarial=np.clip(clean + change * ~stands.reshape(-1, 1, 1, 1), 0, 1).astype(np.float32),
-        file_says=np.where(stands, labels, (labels + 1) % classes),
-        attacks=["" if right else "pgd20" if known else "clean" for right, known in zip(stands, CLEAN, strict=True)],
-        sources=[
-            "" if right or not known else source for right, known, source in zip(stands, CLEAN, fooled, strict=True)
-        ],
-        **(beside | more),
-    )
+    given = {
+        "images": clean,
+        "labels": labels,
+        "index": places + 1000,
+        "file_clean": CLEAN,
+        "file_robust": stands,
+        "adversarial": np.clip(clean + change * ~stands.reshape(-1, 1, 1, 1), 0, 1).astype(np.float32),
+        "file_says": np.where(stands, labels, (labels + 1) % classes),
+        "attacks": np.where(stands, "", np.where(CLEAN, "pgd20", "clean")).tolist(),
+        "sources": np.where(stands | ~CLEAN, "", fooled).tolist(),
+    }
+    return gather(name, **(given | beside | more))
 
 
 def falling(top, epsilon=8 / 255):
