@@ -9,8 +9,8 @@ from edgekit.report.words import plain
 SERIES = 6  # colours that the page has; further lines repeat them dashed
 
 # A chart is as wide as a phone's column, so that its letters are never shrunk below what can be read.
-_WIDTH, _HEIGHT = 380, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 24, 12, 40
+_WIDTH, _HEIGHT = 340, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 22, 10, 42
 
 
 def lines(

@@ -85,10 +85,10 @@ def test_the_page_says_what_the_verdict_says():
 
 
 def test_intervals_of_single_attacks_are_those_of_their_counts():
-    from statsmodels.stats.proportion import proportion_confint
+    from scipy.stats import binomtest
 
-    low, high = proportion_confint(480, 719, method="wilson")  # 460 + 20, as `file` says
-    assert f"66.8 % [{100 * low:.1f}, {100 * high:.1f}]" in blanks(read(*whole()).sections["attacks"])
+    ends = binomtest(480, 719).proportion_ci(0.95, method="wilson")  # 460 + 20, as `file` says
+    assert f"66.8 % [{100 * ends.low:.1f}, {100 * ends.high:.1f}]" in blanks(read(*whole()).sections["attacks"])
 
 
 def test_every_check_is_explained_and_a_failed_one_cured():
@@ -172,7 +172,7 @@ def test_no_name_changes_the_page(kind):
     # The same elements with the same attributes in the same order: nothing that the name holds was read as markup.
     assert [(tag, *attributes) for tag, attributes in shown.tags] == [(tag, *given) for tag, given in harmless.tags]
     said = words.name(name)
-    assert shown.text.count(said) >= harmless.text.count(words.name("harmless")) - 30 or not said.strip()
+    assert said in shown.text
     assert words.plain(name) in shown.text
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufffe\uffff]", html)
 
