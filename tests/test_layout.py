@@ -10,7 +10,7 @@ import edgekit
 ROOT = Path(edgekit.__file__).parent
 # From the top of the house to the bottom: a module may import from below its own line only.
 FLOORS = [
-    "__main__", "cli", "exporter", "quantize", "train", "verifier", "archive", "examine", "report", "methods",
+    "__main__", "cli", "exporter", "quantize", "train", "verifier", "archive", "examine", "checks", "report", "methods",
     "attacks", "twin", "judge", "formats", "models", "data", "artifact", "verdict", "statistics", "runs", "recipe",
     "machine", "console", "shipped", "classifier", "randomness", "files", "errors",
 ]  # fmt: skip
