@@ -22,7 +22,8 @@ from edgekit.classifier import Classifier, Wrapped, predict
 from edgekit.randomness import derive, uniform
 from edgekit.verdict import Check, Rules, Twin
 
-MOST, FEWEST = 128, 16  # samples that the checks look at
+MOST, FEWEST = 128, 12  # samples that the checks look at
+PART = 0.4  # of the attack's passes; with what is not counted they stay below half of its time
 # Chance alone may fail a check this often. Four of them rest on chance, so 250 honest files raise one flag.
 ALPHA = 0.001
 FAITHFUL = 0.99  # agreement of a twin with its file below which its gradients are not those of the file
@@ -172,7 +173,7 @@ def _pick(evidence: Evidence) -> Tensor:
     right = right[evidence.labels[right].argsort(stable=True)]
     wide = 12 + 3 * len(evidence.sources) + QUERIES  # calls with all chosen samples, and with half of them
     deep = 3 * _longer(evidence) + _longer(evidence) / JUDGED
-    room = (evidence.passes / 2 - CALL * (wide + deep)) / (wide + deep / 2)
+    room = (PART * evidence.passes - CALL * (wide + deep)) / (wide + deep / 2)
     return _spread(right, min(MOST, max(FEWEST, int(room))))
 
 
