@@ -3,6 +3,7 @@
 It knows Classifiers only: no runs, no formats, no terminal.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekit import verdict
+from edgekit import checks, verdict
 from edgekit.attacks import Attack
-from edgekit.attacks.campaign import CHUNK, Outcome, confront
+from edgekit.attacks.campaign import CHUNK, Outcome, confront, followed
+from edgekit.checks import alike, share
 from edgekit.classifier import Classifier, Wrapped, predict
 from edgekit.errors import EdgekitError
-from edgekit.verdict import ArtifactVerdict, AttackResult, Check, Rules, Twin
-
-FAITHFUL = 0.99  # agreement of a twin with its file below which its gradients are not those of the file
-ROUNDING = 1e-4  # two answers of one file that differ by less than this share of its largest logit are the same
+from edgekit.verdict import ArtifactVerdict, AttackResult, Rules
 
 Advance = Callable[[Attack, int], None]
 Watch = Callable[[str, int], Advance]
@@ -34,8 +33,10 @@ class Trial:
     index: Tensor
     epsilon: float
     seed: int = 0
+    norm: str = "Linf"
+    grid: bool = False
 
-    def run(self, judge: Classifier, sources: dict[str, Classifier], advance: Advance = lambda *_: None) -> Outcome:
+    def run(self, judge: Classifier, sources: Mapping[str, Classifier], advance: Advance = lambda *_: None) -> Outcome:
         return confront(
             judge,
             sources,
@@ -45,6 +46,7 @@ class Trial:
             self.index,
             seed=self.seed,
             epsilon=self.epsilon,
+            grid=self.grid,
             advance=advance,
         )
 
@@ -76,6 +78,7 @@ class Examined:
     verdict: ArtifactVerdict
     outcome: Outcome
     float_robust: Tensor | None  # (N,) bool, under all that the file faced; None where no student stands beside it
+    check_seconds: float  # of the tests of the attack itself
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,15 @@ def examine(
     rules: Rules,
     surrogates: Mapping[str, Classifier] | None = None,
     watch: Watch = lambda name, sources: lambda attack, samples: None,
+    *,
+    self_test: bool = False,
 ) -> Examined:
     """Attack one file from every source that there is, and the float student, if there is one, from the same ones.
 
     Args:
         surrogates: further sources by name; `beside.own` faced them already.
         watch: the name of a judge and its number of sources -> what is told of the progress.
+        self_test: also plant adversarial examples in a copy of the file and look whether they are found.
     Raises:
         EdgekitError: the file answers with numbers that are none, or nothing that was asked for can attack it.
     """
@@ -108,26 +114,46 @@ def examine(
     _finite(predict(judged, trial.images[:CHUNK], CHUNK), subject)
     sources = {"float": beside.student} if beside else {}
     sources |= ({"twin": subject.twin} if subject.twin else {}) | dict(surrogates or {})
-    if not sources and (blind := [attack.name for attack in trial.attacks if attack.gradients]):
+    if not any(followed(attack, judged, sources) for attack in trial.attacks):
+        first = trial.attacks[0]
+        missing = " and ".join(first.needs) or "source of them"
         raise EdgekitError(
-            f"no gradients go through this file, and '{blind[0]}' follows gradients",
+            f"'{first.name}' follows gradients, and there is no {missing} for this file",
             where=subject.file,
-            mend="Name attacks that need none (square5000), or a --source",
+            mend="Add an attack that needs none (nes500, square5000), or name a --source",
         )
-    outcome = trial.run(judged, sources, watch(subject.name, len(sources)))
+    meter = checks.Meter()
+    outcome = trial.run(meter.judging(judged), meter.climbing(sources), watch(subject.name, len(sources)))
     _finite(outcome.clean, subject)
-    opened_again = one_by_one_where_needed(subject.open(), trial.images)
-    replayed = predict(opened_again, outcome.adversarial, CHUNK)
-    outcome, replay_check = settle(outcome, replayed, trial.labels)
     float_robust = None if beside is None else _float_robust(subject, beside, trial, watch)
-    checks = [replay_check, _same_answer(judged, outcome.clean, trial.images)]
+    evidence = checks.Evidence(
+        judged,
+        sources,
+        trial.attacks,
+        trial.images,
+        trial.labels,
+        trial.index,
+        trial.epsilon,
+        trial.seed,
+        outcome,
+        meter.passes,
+        None if beside is None else beside.own.adversarial,
+        trial.norm,
+        trial.grid,
+    )
+    opened_again = one_by_one_where_needed(subject.open(), trial.images)
+    replayed = _finite(predict(opened_again, outcome.adversarial, CHUNK), subject)
+    outcome, replayed, replay_check = checks.settle_all(evidence, opened_again, replayed)
+    begin = time.perf_counter()
+    found = [replay_check, checks.same_answer_twice(judged, outcome.clean, trial.images)]
     if float_robust is not None:
-        checks.append(_no_gain(float_robust, outcome, rules))
+        found.append(checks.robust_accuracy_did_not_rise(float_robust, outcome.robust, rules))
+    found += checks.scrutinize(replace(evidence, outcome=outcome), self_test=self_test)
+    seconds = time.perf_counter() - begin
     fidelity = None
     if subject.twin:
-        fidelity = _fidelity(subject.twin, trial.images, outcome, replayed)
-        why = f"the twin decides as the file does on {100 * fidelity.agreement:.2f} % of clean and adversarial images"
-        checks.append(Check("twin_fidelity", fidelity.agreement >= FAITHFUL, fidelity.agreement, why))
+        fidelity, check = checks.twin_fidelity(subject.twin, trial.images, outcome, replayed)
+        found.append(check)
     clean_right = outcome.clean.argmax(1) == trial.labels
     float_clean = None if beside is None else beside.own.clean.argmax(1)
     judgement = verdict.judged(
@@ -135,32 +161,38 @@ def examine(
         clean_right,
         outcome.robust,
         **subject.about(),
-        attacks=[_result(attack, outcome) for attack in trial.attacks],
+        attacks=[_result(attack, outcome) for attack in trial.attacks if attack.name not in outcome.skipped],
         judged_on=subject.judged_on,
         float_clean_right=None if float_clean is None else float_clean == trial.labels,
         float_robust_right=float_robust,
         agreement=None if float_clean is None else share(float_clean == outcome.clean.argmax(1)),
         twin=fidelity,
-        checks=checks,
+        checks=found,
         undecidable=_guessing(subject, clean_right, rules),
     )
-    return Examined(judgement, outcome, float_robust)
+    return Examined(judgement, outcome, float_robust, seconds)
 
 
 def _float_robust(subject: Subject, beside: Beside, trial: Trial, watch: Watch) -> Tensor:
     """(N,) bool: what the student withstands, the gradients of the file's twin included."""
-    following = tuple(attack for attack in trial.attacks if attack.gradients)
-    if not subject.twin or not following:  # the other attacks follow no source: `own` holds all that they can do
-        return beside.own.robust
-    under_twin = replace(trial, attacks=following).run(
-        beside.student, {"twin": subject.twin}, watch(f"float student under {subject.name}'s twin", 1)
-    )
-    return beside.own.robust & under_twin.robust
+    robust = beside.own.robust
+    if not subject.twin:
+        return robust
+    # What follows no source did all that it can do to the student in `own`.
+    single = tuple(attack for attack in trial.attacks if attack.gradients and not attack.needs)
+    paired = tuple(attack for attack in trial.attacks if attack.needs)
+    twin = {"twin": subject.twin}
+    for attacks, sources in ((single, twin), (paired, twin | {"float": beside.student})):
+        if attacks:
+            told = watch(f"float student under {subject.name}'s twin", 1)
+            robust = robust & replace(trial, attacks=attacks).run(beside.student, sources, told).robust
+    return robust
 
 
-def _finite(answers: Tensor, subject: Subject) -> None:
+def _finite(answers: Tensor, subject: Subject) -> Tensor:
     if not answers.isfinite().all():
         raise EdgekitError("the file answers with infinities, or with numbers that are none", where=subject.file)
+    return answers
 
 
 def _guessing(subject: Subject, clean_right: Tensor, rules: Rules) -> str | None:
@@ -181,58 +213,9 @@ def one_by_one_where_needed(judged: Classifier, images: Tensor) -> Classifier:
     """`judged`, asked one image at a time where its answers depend on the batch (dynamic quantization)."""
     probe = images[:16]
     alone, together = predict(judged, probe, 1), predict(judged, probe, len(probe))
-    if _alike(alone, together).all():
+    if alike(alone, together).all():
         return judged
     return Wrapped(lambda batch: torch.cat([judged(image) for image in batch.split(1)]), differentiable=False)
-
-
-def settle(outcome: Outcome, replayed: Tensor, labels: Tensor) -> tuple[Outcome, Check]:
-    """Hold the outcome against the answers (N, K) that a freshly opened file gives to the adversarial images.
-
-    A sample whose two highest logits are equal up to rounding may change sides with the batch that it sits in. There
-    the replay, which others can repeat, decides. Any other difference fails the check.
-    """
-    fooled = replayed.argmax(1) != labels
-    differs = fooled == outcome.robust
-    others = replayed.scatter(1, labels[:, None], -torch.inf).amax(1)
-    tied = (others - replayed.gather(1, labels[:, None])[:, 0]).abs() <= ROUNDING * replayed.abs().max()
-    kept = share(~differs)
-    passed = bool((tied | ~differs).all())
-    saved, lost = differs & tied & ~fooled, differs & tied & fooled
-    if saved.any() or lost.any():
-        hits = {pair: (hit & ~saved) | lost for pair, hit in outcome.fooled.items()}
-        winner = outcome.winner.masked_fill(saved, -1).masked_fill(lost, 0)
-        outcome = replace(outcome, fooled=hits, winner=winner)
-    why = f"a freshly opened file repeats its answer to {100 * kept:.2f} % of the adversarial images"
-    return outcome, Check("fooled_replayed", passed, kept, why)
-
-
-def _alike(first: Tensor, second: Tensor) -> Tensor:
-    """(N,) bool: the same decision, and the same logits (N, K) up to rounding."""
-    room = ROUNDING * max(first.abs().max().item(), second.abs().max().item())
-    return (first.argmax(1) == second.argmax(1)) & ((first - second).abs() <= room).all(1)
-
-
-def _same_answer(judged: Classifier, clean: Tensor, images: Tensor) -> Check:
-    """Whether the file says of the first chunk what it said before."""
-    same = share(_alike(predict(judged, images[:CHUNK], CHUNK), clean[:CHUNK]))
-    why = f"{100 * same:.2f} % of {min(CHUNK, len(images))} images get the same answer when asked again"
-    return Check("same_answer_twice", same == 1, same, why)
-
-
-def _no_gain(float_robust: Tensor, outcome: Outcome, rules: Rules) -> Check:
-    change = verdict.compare(float_robust, outcome.robust, rules.confidence)
-    ends = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
-    why = f"robust accuracy changed by {100 * change.value:+.1f} points ({ends})"
-    if change.low > 0:
-        why += "; a file that gains so much hides its gradients until the contrary is shown"
-    return Check("robust_accuracy_did_not_rise", change.low <= 0, change.value, why)
-
-
-def _fidelity(copy: Classifier, images: Tensor, outcome: Outcome, replayed: Tensor) -> Twin:
-    said = torch.cat([outcome.clean, replayed])
-    copied = torch.cat([predict(copy, images, CHUNK), predict(copy, outcome.adversarial, CHUNK)])
-    return Twin(share(said.argmax(1) == copied.argmax(1)), (said - copied).abs().max().item())
 
 
 def _result(attack: Attack, outcome: Outcome) -> AttackResult:
@@ -240,8 +223,3 @@ def _result(attack: Attack, outcome: Outcome) -> AttackResult:
     worst = torch.stack(list(by_source.values())).any(0)
     sources = {source: share(~hit) for source, hit in by_source.items()}
     return AttackResult(attack.name, share(~worst), sources, outcome.seconds[attack.name])
-
-
-def share(right: Tensor) -> float:
-    """The fraction of (N,) booleans that are true."""
-    return int(right.sum()) / len(right)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from edgekit.attacks import parse
 from edgekit.attacks.campaign import Outcome
+from edgekit.checks import settle
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import EdgekitError
-from edgekit.examine import Beside, Examined, Subject, Trial, examine, one_by_one_where_needed, settle
+from edgekit.examine import Beside, Examined, Subject, Trial, examine, one_by_one_where_needed
 from edgekit.randomness import derive
 from edgekit.verdict import Rules
 from edgekit.verifier import verify

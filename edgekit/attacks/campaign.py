@@ -16,6 +16,7 @@ from edgekit.randomness import derive
 
 CHUNK = 250  # samples that are attacked together; fixed, so that a result depends on the seed and on nothing else
 
+TOGETHER = "+"  # between the names of sources that one attack follows at once
 SCORES = "scores"  # the source of an attack that follows no gradient: what the judge answers
 
 _ROBUST, _CLEAN = -1, -2  # in `winner`; any other number counts the pairs (attack, source)
@@ -102,7 +103,7 @@ def followed(attack: Attack, judge: Classifier, sources: Mapping[str, Classifier
         return dict(sources)
     if not set(attack.needs) <= set(sources):
         return {}
-    return {"+".join(attack.needs): Pair(*(sources[name] for name in attack.needs))}
+    return {TOGETHER.join(attack.needs): Pair(*(sources[name] for name in attack.needs))}
 
 
 def confront(
