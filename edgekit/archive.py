@@ -1,20 +1,23 @@
 """What a verdict leaves on disk: verdicts/<n>/, and the adversarial images of --save-adversarial (CLI.md)."""
 
 import contextlib
+import dataclasses
 import json
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
+import safetensors
+from safetensors.torch import save_file
 
 from edgekit import verdict
-from edgekit.attacks.campaign import Outcome
-from edgekit.console import say
+from edgekit.attacks.campaign import Outcome, Part
 from edgekit.errors import EdgekitError
 from edgekit.examine import Examined, Trial
-from edgekit.files import write_json, write_text, writing
+from edgekit.files import digest, write_json, write_text, writing
 from edgekit.verdict import Verdict
 
 
@@ -25,12 +28,12 @@ def looks(verdicts: Path, digests: Sequence[str], data_sha256: str) -> int:
     for path in sorted(verdicts.glob("*/verdict.json")):
         with contextlib.suppress(EdgekitError, ValueError, OSError):  # a damaged one cannot be counted
             earlier.append(verdict.from_dict(json.loads(path.read_text(encoding="utf-8")), where=path))
-    for digest in digests:
+    for sha256 in digests:
         judged = [
             one
             for one in earlier
             if one.data.sha256 == data_sha256
-            and any(file.sha256 == digest and file.verdict != "not_run" for file in one.artifacts)
+            and any(file.sha256 == sha256 and file.verdict != "not_run" for file in one.artifacts)
         ]
         most = max(most, len(judged))
     return 1 + most
@@ -53,8 +56,14 @@ def lines(name: str, trial: Trial, own: Outcome | None, examined: Examined) -> l
     return [{"artifact": name, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
 
-def keep(verdicts: Path, document: Verdict, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Write verdicts/<n>/; the verdict itself comes last, so that a folder with one is whole."""
+def keep(
+    verdicts: Path, document: Verdict, lines: Sequence[dict[str, Any]], page: Callable[[Verdict], str]
+) -> tuple[Verdict, Path]:
+    """Write verdicts/<n>/; the verdict itself comes last, so that a folder with one is whole.
+
+    Returns:
+        The verdict, which names its report now, and the folder.
+    """
     verdicts.mkdir(exist_ok=True)
     taken = 1
     while True:
@@ -64,17 +73,69 @@ def keep(verdicts: Path, document: Verdict, lines: Sequence[dict[str, Any]]) -> 
             break
         except FileExistsError:
             taken += 1
-    contents = verdict.to_dict(document)
+    document = dataclasses.replace(document, report=f"{verdicts.name}/{taken}/report.html")
     try:
         write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        write_json(folder / "verdict.json", contents)
+        write_text(folder / "report.html", page(document))
+        write_json(folder / "verdict.json", verdict.to_dict(document))
     except BaseException:
-        (folder / "samples.jsonl").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    say(f"Kept in {folder}")
-    return contents
+    return document, folder
+
+
+class Notebook:
+    """The finished parts of an unfinished verdict, in verdicts/.unfinished-<key>/: what --resume continues from.
+
+    Args:
+        key: a digest of all that the parts depend on; other options never find them.
+        fresh: forget what is there.
+    """
+
+    def __init__(self, verdicts: Path, key: str, *, fresh: bool) -> None:
+        self.folder = verdicts / f".unfinished-{key[:16]}"
+        if fresh:
+            self.close()
+
+    def page(self, judge: str) -> "Page":
+        """The Memory of one judge."""
+        return Page(self.folder, judge)
+
+    @property
+    def parts(self) -> int:
+        return len(list(self.folder.glob("*.safetensors")))
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Page:
+    """A campaign.Memory on disk, one file a part."""
+
+    def __init__(self, folder: Path, judge: str) -> None:
+        self.folder, self.judge = folder, judge
+
+    def _place(self, attack: str, source: str, chunk: int) -> Path:
+        return self.folder / f"{digest(self.judge, attack, source, str(chunk))[:24]}.safetensors"
+
+    def recall(self, attack: str, source: str, chunk: int) -> Part | None:
+        try:
+            with safetensors.safe_open(self._place(attack, source, chunk), "pt") as file:
+                about = file.metadata()
+                return Part(
+                    file.get_tensor("adversarial"),
+                    file.get_tensor("fooled"),
+                    float(about["seconds"]),
+                    int(about["passes"]),
+                )
+        except (OSError, safetensors.SafetensorError):  # not there: parts are written whole or not at all
+            return None
+
+    def keep(self, attack: str, source: str, chunk: int, part: Part) -> None:
+        tensors = {"adversarial": part.adversarial.contiguous(), "fooled": part.fooled.contiguous()}
+        about = {"seconds": repr(part.seconds), "passes": str(part.passes)}
+        with writing(self._place(attack, source, chunk)) as beside:
+            save_file(tensors, beside, about)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edgekit import verdict
 from edgekit.attacks import Attack, parse
-from edgekit.attacks.campaign import CHUNK, SCORES, TOGETHER, Outcome, followed
+from edgekit.attacks.campaign import CALL, CHUNK, SCORES, TOGETHER, Outcome, followed
 from edgekit.attacks.grid import Grid
 from edgekit.attacks.losses import LOSSES
 from edgekit.attacks.norms import NORMS, slope
@@ -28,7 +28,6 @@ PART = 0.4  # of the attack's passes; with what is not counted they stay below h
 ALPHA = 0.001
 FAITHFUL = 0.99  # agreement of a twin with its file below which its gradients are not those of the file
 ROUNDING = 1e-4  # two answers of one file that differ by less than this share of its largest logit are the same
-CALL = 8  # images that a network could answer in the time that a call takes beside them (measured on MobileNetV2)
 HUGE = 0.5  # the radius within which every image can be made the same grey
 JUDGED = 5  # of the longer search every fifth iterate is judged
 RISING = 0.9  # the share of samples whose loss must have risen at its end
@@ -70,32 +69,6 @@ CURES = {
 }
 
 
-@dataclass
-class Meter:
-    """Counts what attacks cost, in images judged: a pass with gradients counts as three, a call as CALL more images.
-
-    Counts and no seconds decide how many samples the checks may look at, so that the same seed gives the same verdict.
-    """
-
-    passes: int = 0
-
-    def judging(self, judge: Classifier) -> Classifier:
-        return _Counted(judge, self, 1)
-
-    def climbing(self, sources: Mapping[str, Classifier]) -> dict[str, Classifier]:
-        return {name: _Counted(source, self, 3) for name, source in sources.items()}
-
-
-class _Counted:
-    def __init__(self, classifier: Classifier, meter: Meter, cost: int) -> None:
-        self.classifier, self.meter, self.cost = classifier, meter, cost
-        self.differentiable = classifier.differentiable
-
-    def __call__(self, images: Tensor) -> Tensor:
-        self.meter.passes += self.cost * (len(images) + CALL)
-        return self.classifier(images)
-
-
 @dataclass(frozen=True)
 class Evidence:
     """What is known of an attack once it is over.
@@ -106,7 +79,6 @@ class Evidence:
         images: (N, C, H, W) float32 in [0, 1]; labels, index: (N,) int64, as `campaign.confront` takes them.
         epsilon: radius, in units of the [0, 1] range.
         outcome: what the attacks did to the N samples.
-        passes: what they cost (Meter).
         norm: of the ball that was searched.    grid: whether only uint8 images were shown to the judge.
         carried: (N, C, H, W), the adversarial images of another model on the same samples; None where there is none.
     """
@@ -120,7 +92,6 @@ class Evidence:
     epsilon: float
     seed: int
     outcome: Outcome
-    passes: int
     carried: Tensor | None = None
     norm: str = "Linf"
     grid: bool = False
@@ -184,7 +155,7 @@ def _pick(evidence: Evidence) -> Tensor:
     right = right[evidence.labels[right].argsort(stable=True)]
     wide = 12 + 3 * len(evidence.sources) + QUERIES  # calls with all chosen samples, and with half of them
     deep = 3 * _longer(evidence) + _longer(evidence) / JUDGED
-    room = (PART * evidence.passes - CALL * (wide + deep)) / (wide + deep / 2)
+    room = (PART * evidence.outcome.passes - CALL * (wide + deep)) / (wide + deep / 2)
     return _spread(right, min(MOST, max(FEWEST, int(room))))
 
 

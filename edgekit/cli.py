@@ -3,6 +3,7 @@
 import errno
 import json as jsonlib
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -106,13 +107,13 @@ def verify(
         ),
     ] = None,
     attack: Annotated[
-        str, typer.Option(metavar="A,B", help="pgd20, pgd100x5, pgd20-margin, fgsm, …; several: the worst case.")
-    ] = "pgd20",
+        str, typer.Option(metavar="A,B", help="Attacks and suites (edgekit attacks); several: the worst case.")
+    ] = "deployed",
     samples: Annotated[int | None, typer.Option(min=1, help="Test images.  [default: 1000 or all]")] = None,
     epsilon: Annotated[
         str | None, typer.Option(help="Radius in [0, 1] pixels; 8/255 is allowed.  [default: the recipe's]")
     ] = None,
-    norm: Annotated[str, typer.Option(help="Linf.")] = "Linf",
+    norm: Annotated[str, typer.Option(help="Linf or L2.")] = "Linf",
     tolerance: Annotated[
         float, typer.Option(metavar="POINTS", min=0, max=100, help="Loss of robust accuracy that is borne.")
     ] = 2.0,
@@ -124,6 +125,20 @@ def verify(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw of samples and of every attack.")] = 0,
     save_adversarial: Annotated[Path | None, typer.Option(metavar="F.npz", help="Keep the adversarial images.")] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Only images of uint8 values, which a camera can deliver.")
+    ] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Plant adversarial examples in a copy, and look whether they are found.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what was interrupted.")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="F.html", help="A copy of the HTML report.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="F.md", help="The verdict for a pull request.")] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="F.xml", help="The verdict as JUnit XML, for CI.")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="CMD|tcp://HOST:PORT", help="The program or device that answers in the file's place."),
+    ] = None,
     source: Annotated[
         Path | None, typer.Option(metavar="MODEL", help="Follow this model's gradients too: safetensors or ONNX.")
     ] = None,
@@ -162,7 +177,15 @@ def verify(
         clean_tolerance=clean_tolerance / 100,
         at_least=None if at_least is None else at_least / 100,
         seed=seed,
+        grid=grid,
+        self_test=self_test,
+        resume=resume,
         save_adversarial=save_adversarial,
+        report=report,
+        markdown=markdown,
+        junit=junit,
+        judge=judge,
+        command=shlex.join(["edgekit", *sys.argv[1:]]),
         source=source,
         data=data,
         mean=mean,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgekit import checks, verdict
 from edgekit.attacks import Attack
-from edgekit.attacks.campaign import CHUNK, Outcome, confront, followed
+from edgekit.attacks.campaign import CHUNK, Memory, Outcome, confront, followed
 from edgekit.checks import alike, share
 from edgekit.classifier import Classifier, Wrapped, predict
 from edgekit.errors import EdgekitError
@@ -36,7 +36,13 @@ class Trial:
     norm: str = "Linf"
     grid: bool = False
 
-    def run(self, judge: Classifier, sources: Mapping[str, Classifier], advance: Advance = lambda *_: None) -> Outcome:
+    def run(
+        self,
+        judge: Classifier,
+        sources: Mapping[str, Classifier],
+        advance: Advance = lambda *_: None,
+        memory: Memory | None = None,
+    ) -> Outcome:
         return confront(
             judge,
             sources,
@@ -47,6 +53,7 @@ class Trial:
             seed=self.seed,
             epsilon=self.epsilon,
             grid=self.grid,
+            memory=memory,
             advance=advance,
         )
 
@@ -77,6 +84,7 @@ class Examined:
 
     verdict: ArtifactVerdict
     outcome: Outcome
+    answers: Tensor  # (N,) int64, what a freshly opened file says of the adversarial images
     float_robust: Tensor | None  # (N,) bool, under all that the file faced; None where no student stands beside it
     check_seconds: float  # of the tests of the attack itself
 
@@ -96,6 +104,7 @@ def examine(
     rules: Rules,
     surrogates: Mapping[str, Classifier] | None = None,
     watch: Watch = lambda name, sources: lambda attack, samples: None,
+    memory: Callable[[str], Memory | None] = lambda judge: None,
     *,
     self_test: bool = False,
 ) -> Examined:
@@ -104,6 +113,7 @@ def examine(
     Args:
         surrogates: further sources by name; `beside.own` faced them already.
         watch: the name of a judge and its number of sources -> what is told of the progress.
+        memory: the name of a judge -> what remembers the finished parts of the attack on it.
         self_test: also plant adversarial examples in a copy of the file and look whether they are found.
     Raises:
         EdgekitError: the file answers with numbers that are none, or nothing that was asked for can attack it.
@@ -122,10 +132,9 @@ def examine(
             where=subject.file,
             mend="Add an attack that needs none (nes500, square5000), or name a --source",
         )
-    meter = checks.Meter()
-    outcome = trial.run(meter.judging(judged), meter.climbing(sources), watch(subject.name, len(sources)))
+    outcome = trial.run(judged, sources, watch(subject.name, len(sources)), memory(subject.name))
     _finite(outcome.clean, subject)
-    float_robust = None if beside is None else _float_robust(subject, beside, trial, watch)
+    float_robust = None if beside is None else _float_robust(subject, beside, trial, watch, memory)
     evidence = checks.Evidence(
         judged,
         sources,
@@ -136,7 +145,6 @@ def examine(
         trial.epsilon,
         trial.seed,
         outcome,
-        meter.passes,
         None if beside is None else beside.own.adversarial,
         trial.norm,
         trial.grid,
@@ -170,10 +178,12 @@ def examine(
         checks=found,
         undecidable=_guessing(subject, clean_right, rules),
     )
-    return Examined(judgement, outcome, float_robust, seconds)
+    return Examined(judgement, outcome, replayed.argmax(1), float_robust, seconds)
 
 
-def _float_robust(subject: Subject, beside: Beside, trial: Trial, watch: Watch) -> Tensor:
+def _float_robust(
+    subject: Subject, beside: Beside, trial: Trial, watch: Watch, memory: Callable[[str], Memory | None]
+) -> Tensor:
     """(N,) bool: what the student withstands, the gradients of the file's twin included."""
     robust = beside.own.robust
     if not subject.twin:
@@ -184,8 +194,9 @@ def _float_robust(subject: Subject, beside: Beside, trial: Trial, watch: Watch) 
     twin = {"twin": subject.twin}
     for attacks, sources in ((single, twin), (paired, twin | {"float": beside.student})):
         if attacks:
-            told = watch(f"float student under {subject.name}'s twin", 1)
-            robust = robust & replace(trial, attacks=attacks).run(beside.student, sources, told).robust
+            name = f"float student under {subject.name}'s twin"
+            told = replace(trial, attacks=attacks).run(beside.student, sources, watch(name, 1), memory(name))
+            robust = robust & told.robust
     return robust
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from edgekit import checks
 from edgekit.attacks import Attack, parse
-from edgekit.attacks.campaign import Outcome, confront
-from edgekit.checks import Evidence, Meter, beats, contested, exceeds, planted, scrutinize, settle, settle_all
+from edgekit.attacks.campaign import Meter, Outcome, confront
+from edgekit.checks import Evidence, beats, contested, exceeds, planted, scrutinize, settle, settle_all
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import EdgekitError
 from edgekit.examine import Subject, Trial, examine
@@ -46,10 +46,8 @@ def evidence(
 ) -> Evidence:
     """What an attack on `judge` leaves behind."""
     suite = parse(attacks) if isinstance(attacks, str) else attacks
-    meter = Meter()
-    arguments = (meter.judging(judge), meter.climbing(sources), suite, IMAGES, LABELS, INDEX)
-    outcome = confront(*arguments, seed=seed, epsilon=EPSILON)
-    return Evidence(judge, sources, suite, IMAGES, LABELS, INDEX, EPSILON, seed, outcome, meter.passes, carried)
+    outcome = confront(judge, sources, suite, IMAGES, LABELS, INDEX, seed=seed, epsilon=EPSILON)
+    return Evidence(judge, sources, suite, IMAGES, LABELS, INDEX, EPSILON, seed, outcome, carried)
 
 
 def failed(found: list[Check]) -> set[str]:
@@ -275,9 +273,9 @@ def test_a_gain_by_chance_is_no_flag_and_a_large_one_is() -> None:
 def test_the_checks_cost_at_most_half_of_the_attack_and_the_same_seed_says_the_same(net) -> None:
     one = evidence(as_file(net), {"float": net, "twin": net}, "pgd40")
     spent = Meter()
-    counted = replace(one, judge=spent.judging(one.judge), sources=spent.climbing(one.sources))
-    found = scrutinize(counted)
-    assert spent.passes <= one.passes / 2
+    judge, sources = spent.over(one.judge, one.sources)
+    found = scrutinize(replace(one, judge=judge, sources=sources))
+    assert 0 < spent.passes <= one.outcome.passes / 2
     assert scrutinize(one) == found
 
 

@@ -16,10 +16,37 @@ from edgekit.randomness import derive
 
 CHUNK = 250  # samples that are attacked together; fixed, so that a result depends on the seed and on nothing else
 
+CALL = 8  # images that a network could answer in the time that a call takes beside them (measured on MobileNetV2)
 TOGETHER = "+"  # between the names of sources that one attack follows at once
 SCORES = "scores"  # the source of an attack that follows no gradient: what the judge answers
 
 _ROBUST, _CLEAN = -1, -2  # in `winner`; any other number counts the pairs (attack, source)
+
+
+@dataclass
+class Meter:
+    """Counts what attacks cost, in images judged: a pass with gradients counts as three, a call as CALL more images.
+
+    Counts and no seconds: what is decided by them is the same on every machine.
+    """
+
+    passes: int = 0
+
+    def over(self, judge: Classifier, sources: Mapping[str, Classifier]) -> tuple[Classifier, dict[str, Classifier]]:
+        """The same models, counted; where a source is the judge itself they stay one, which attacks make use of."""
+        climbed = {name: _Counted(source, self, 3) for name, source in sources.items()}
+        same = next((name for name, source in sources.items() if source is judge), None)
+        return climbed[same] if same is not None else _Counted(judge, self, 1), dict(climbed)
+
+
+class _Counted:
+    def __init__(self, classifier: Classifier, meter: Meter, cost: int) -> None:
+        self.classifier, self.meter, self.cost = classifier, meter, cost
+        self.differentiable = classifier.differentiable
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.meter.passes += self.cost * (len(images) + CALL)
+        return self.classifier(images)
 
 
 @dataclass(frozen=True)
@@ -34,6 +61,7 @@ class Outcome:
         winner: (N,) int64, the place in `fooled` of the pair that won; -1 where none did, -2 where wrong when clean.
         seconds: for each attack that ran, the time that it took from all its sources.
         skipped: names of the attacks that no source was there for.
+        passes: what the attacks cost, as a Meter counts.
     """
 
     clean: Tensor
@@ -42,6 +70,7 @@ class Outcome:
     winner: Tensor
     seconds: dict[str, float]
     skipped: tuple[str, ...] = ()
+    passes: int = 0
 
     @property
     def robust(self) -> Tensor:
@@ -64,12 +93,13 @@ class Part:
         adversarial: (M, C, H, W): the clean image where that is wrong; else the one of the first start that fooled;
             where none did, the strongest of the first start.
         fooled: (M,) bool; True where wrong when clean.
-        seconds: that it took.
+        seconds, passes: what it cost.
     """
 
     adversarial: Tensor
     fooled: Tensor
     seconds: float
+    passes: int = 0
 
 
 class Memory(Protocol):
@@ -139,7 +169,9 @@ def confront(
     if grid:
         require(images)
     memory = memory or Forgetful()
+    meter, passes = Meter(), 0
     clean = predict(judge, images, CHUNK)
+    judge, sources = meter.over(judge, sources)
     wrong = clean.argmax(1) != labels
     winner = torch.where(wrong, _CLEAN, _ROBUST)
     adversarial, fooled, seconds = images.clone(), {}, {}
@@ -150,11 +182,11 @@ def confront(
             for number, chunk in enumerate(torch.arange(len(labels)).split(CHUNK)):
                 part = memory.recall(attack.name, name, number)
                 if part is None:
-                    begin = time.perf_counter()
+                    begin, before = time.perf_counter(), meter.passes
                     found, hit = _starts(
                         attack, source, shown, images[chunk], labels[chunk], index[chunk], wrong[chunk], seed, epsilon
                     )
-                    part = Part(found, hit, time.perf_counter() - begin)
+                    part = Part(found, hit, time.perf_counter() - begin, meter.passes - before)
                     memory.keep(attack.name, name, number, part)
                 free = winner[chunk] == _ROBUST
                 take = free if not fooled else free & part.fooled
@@ -162,10 +194,11 @@ def confront(
                 winner[chunk[free & part.fooled]] = len(fooled)
                 hits[chunk] |= part.fooled
                 seconds[attack.name] = seconds.get(attack.name, 0.0) + part.seconds
+                passes += part.passes
                 advance(attack, len(chunk))
             fooled[attack.name, name] = hits
     skipped = tuple(attack.name for attack in attacks if attack.name not in seconds)
-    return Outcome(clean, fooled, adversarial, winner, seconds, skipped)
+    return Outcome(clean, fooled, adversarial, winner, seconds, skipped, passes)
 
 
 def _starts(
