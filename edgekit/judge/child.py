@@ -20,6 +20,7 @@ from edgekit.errors import BAD_INPUT, EdgekitError, choose, printable
 from edgekit.judge import protocol
 
 SUFFIXES = {".onnx": "onnx", ".pt": "torchscript", ".ptl": "torchscript"}
+OPENING = 120.0  # seconds: on a busy machine the imports alone take several
 _THREAD = 2**23 + 2**27  # bytes of address space that glibc sets aside for a thread: its stack and its arena
 _MEMORY = re.compile(r"bad.?alloc|allocate|out of memory", re.IGNORECASE)
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m edgekit.judge.child", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--memory", type=int, default=0, help="bytes beyond those of the runtime itself; 0: no limit")
-    parser.add_argument("--seconds", type=float, default=0, help="for one batch, and for opening; 0: no limit")
+    parser.add_argument("--seconds", type=float, default=0, help="for one batch; 0: no limit")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -39,7 +40,7 @@ def main() -> None:
     _first_to_go()
     threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
     try:
-        with limit(arguments.seconds):
+        with limit(max(arguments.seconds, OPENING) if arguments.seconds else 0):
             scores, classes = opened(arguments)
         protocol.serve(
             FileIO(0), FileIO(answers, "wb"), scores, classes=classes, working=lambda: limit(arguments.seconds)

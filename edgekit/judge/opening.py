@@ -4,7 +4,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from edgekit.artifact import Artifact
 from edgekit.classifier import Classifier
 from edgekit.errors import ENVIRONMENT, EdgekitError, choose
 from edgekit.formats import FORMATS
-from edgekit.judge.child import SUFFIXES
+from edgekit.judge.child import OPENING, SUFFIXES
 from edgekit.judge.line import dialled, started
 from edgekit.judge.remote import Remote
 
@@ -44,7 +44,7 @@ def open(
         options, optimization, output: of ONNX Runtime, as in ort.Session.
         trust: open TorchScript, which can run code of the file; an artifact's needs no leave.
         memory: bytes that the file may take in its child; by default half of this machine's, and at least 2 GiB.
-        seconds: that the child may take for one batch, and for opening.
+        seconds: that the child may take for one batch; opening the file may always take two minutes.
     Raises:
         EdgekitError: the file is of no known format, or its runtime does not take it or dies of it.
     """
@@ -78,16 +78,22 @@ def start(
     trust: bool = False,
     memory: int | None = None,
     seconds: float = SECONDS,
+    interpreter: Sequence[str] = (sys.executable,),
+    search: Sequence[str] | None = None,
 ) -> Remote:
     """The same in a child process that has opened the file.
 
+    Args:
+        interpreter: the command that runs Python, such as that of another processor under an emulator. For an ONNX
+            file it needs numpy and onnxruntime, no more.
+        search: folders where it finds modules, edgekit's aside; by default those of this process.
     Raises:
         EdgekitError: as `open`.
     """
     format = _format(path, format, trust)
     if not path.is_file():
         raise EdgekitError("there is no such file", where=path)
-    command = [sys.executable, "-P", "-m", "edgekit.judge.child", str(path.resolve()), "--format", format]
+    command = [*interpreter, "-P", "-m", "edgekit.judge.child", str(path.resolve()), "--format", format]
     command += ["--optimization", optimization, "--memory", str(_memory() if memory is None else memory)]
     command += ["--seconds", str(seconds)]
     for key, value in (options or {}).items():
@@ -96,14 +102,15 @@ def start(
         command += [] if setting is None else [f"{name}={setting}"]
     command += ["--trust-file"] if trust else []
     # The child finds modules where this process does, the working directory excepted: a folder of data may hold any.
-    search = os.pathsep.join([*filter(None, sys.path), str(_ROOT)])
+    folders = [*filter(None, sys.path if search is None else search), str(_ROOT)]
     try:
-        line = started(command, {**os.environ, "PYTHONPATH": search})
+        line = started(command, {**os.environ, "PYTHONPATH": os.pathsep.join(folders)})
     except OSError as error:
         what = f"a child process cannot be started ({error.strerror})"
-        raise EdgekitError(what, where=sys.executable, exit_code=ENVIRONMENT) from None
-    judge = Remote(line, name=RUNTIMES[format], where=path, seconds=seconds, own=True)
+        raise EdgekitError(what, where=interpreter[0], exit_code=ENVIRONMENT) from None
+    judge = Remote(line, name=RUNTIMES[format], where=path, seconds=max(seconds, OPENING), own=True)
     judge.wait()
+    judge.seconds = seconds
     return judge
 
 

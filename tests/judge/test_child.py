@@ -176,6 +176,20 @@ def test_the_options_of_the_arithmetic_reach_the_runtime(runtime: Path):
         judge.start(runtime / "model.onnx", optimization="bassic")
 
 
+def test_another_interpreter_and_its_own_modules_can_be_named(folder: Path, runtime: Path):
+    # The fake runtime takes what is no model; without it among the folders the file is refused.
+    mark = runtime / "called"
+    interpreter = ["/bin/sh", "-c", f'touch \'{mark}\'; exec "$0" "$@"', sys.executable]
+    with judge.start(runtime / "model.onnx", interpreter=interpreter, search=[str(runtime)]) as asked:
+        assert asked(IMAGES[:1]).equal(IMAGES[:1].flatten(1))
+    assert mark.exists()
+    with pytest.raises(EdgekitError, match="ONNX Runtime does not take the file"):
+        judge.start(runtime / "model.onnx", search=[])
+    with pytest.raises(EdgekitError, match=r"^/nowhere/python: a child process cannot be started") as caught:
+        judge.start(runtime / "model.onnx", interpreter=["/nowhere/python"])
+    assert caught.value.exit_code == 4
+
+
 def test_a_runtime_that_aborts_while_it_opens_is_one_sentence(runtime: Path):
     (runtime / "model.onnx").write_bytes(b"abort")
     with pytest.raises(EdgekitError) as caught:

@@ -25,9 +25,18 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(file: Path) -> Iterator[str]:
+def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server says on its stderr."""
+    return tmp_path_factory.mktemp("said") / "stderr"
+
+
+@pytest.fixture(scope="module")
+def address(file: Path, said: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "edgekit.judge.serve", str(file), "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with (
+        said.open("w") as stderr,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as server,
+    ):
         try:
             assert server.stdout
             yield server.stdout.readline().strip()
@@ -52,11 +61,17 @@ def test_it_answers_as_the_file_does_here_and_listens_on_loopback_alone(file: Pa
 
 
 @pytest.mark.parametrize(
-    "request_",
-    [struct.pack("<4I", 2**31, 3, 2**15, 2**15), struct.pack("<4I", 1, 3, 16, 16) + b"half", b"GET /"],
-    ids=["huge", "cut", "header"],
+    ("request_", "sentence"),
+    [
+        (struct.pack("<4I", 1, 3, 2**14, 2**14), "a request announces 3,221,225,472 bytes of images"),
+        (struct.pack("<4I", 1, 3, 16, 16) + b"half", "a request is cut short (4 of 3,072 bytes)"),
+        (struct.pack("<4I", 1, 3, 16, 16), "a request ends after its header"),
+        (b"GET /", "a request is cut short (5 of 16 bytes)"),
+    ],
 )
-def test_a_request_that_is_none_closes_that_connection_and_no_other(address: str, request_: bytes):
+def test_a_request_that_is_none_closes_that_connection_and_no_other(
+    address: str, said: Path, request_: bytes, sentence: str
+):
     with judge.connect(address) as asked:
         before = asked(IMAGES)
         with socket.create_connection(("127.0.0.1", port(address)), timeout=20) as wire:
@@ -64,6 +79,7 @@ def test_a_request_that_is_none_closes_that_connection_and_no_other(address: str
             wire.shutdown(socket.SHUT_WR)
             assert wire.recv(100) == b""
         assert asked(IMAGES).equal(before)
+    assert sentence in said.read_text().splitlines()[-1]
 
 
 def test_images_of_the_wrong_size_end_the_conversation_in_one_sentence(address: str):
