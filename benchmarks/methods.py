@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import Row, document, publish, read_state, start
+from common import Row, document, made_with, publish, read_state, start
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import edgekit
 from edgekit.console import say
+from edgekit.errors import EdgekitError
 from edgekit.files import write_json
 
 RECIPE, TEACHER = "recipes/mobilenet.toml", "recipes/digits-teacher.toml"
@@ -40,7 +41,7 @@ class Comparison:
         # As the recipes say, unless this is quick.
         self.short = ["train.epochs=2"] if quick else []
         self.probe_epochs = 1 if quick else PROBE
-        self.state = read_state(state, {"seeds": seeds, "quick": quick, "edgekit": edgekit.__version__})
+        self.state = read_state(state, {"seeds": seeds, "quick": quick, **made_with(RECIPE, TEACHER)})
 
     def run(self) -> None:
         if "teacher" not in self.state:
@@ -86,9 +87,16 @@ class Comparison:
         return [f"method={method}"]
 
     def _distill(self, name: str, recipe: str, overrides: Sequence[str], seed: int) -> dict[str, Any]:
+        from edgekit.train import code_version
+
         folder = self.folder / name
-        begun = (folder / "recipe.toml").is_file()
-        return edgekit.distill(recipe, overrides=overrides, run=folder, resume=begun, device="cpu", seed=seed)
+        info = edgekit.distill(recipe, overrides=overrides, run=folder, resume=True, device="cpu", seed=seed)
+        # Resuming refuses another recipe; a finished run is taken as it is, whatever code or teacher it had.
+        teacher = info["teacher"] and info["teacher"]["sha256"]
+        expected = self.state["teacher"]["student_sha256"] if teacher else None
+        if info["versions"]["code"] != code_version() or teacher != expected:
+            raise EdgekitError("the run is of other code, or of another teacher", where=folder, mend="Remove it")
+        return info
 
     def _epochs(self, name: str) -> list[float]:
         lines = (self.folder / name / "log.jsonl").read_text(encoding="utf-8").splitlines()

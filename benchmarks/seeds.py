@@ -1,7 +1,8 @@
 """Ten fixed seeds of recipes/mobilenet.toml, each distilled, exported and verified: none may lose its robustness.
 
 Every step is the command that a user types. The teacher is trained once, and kept in the cache folder. Finished steps
-are skipped, so that the same command goes on after a kill. Exit code 1 where any verdict is lost.
+are skipped, so that the same command goes on after a kill; a folder of other recipes or of another edgekit is refused.
+Exit code 1 where any verdict is lost.
 
     nohup python benchmarks/seeds.py --folder runs/seeds > seeds.md 2> seeds.log &
 """
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import Row, document, publish, start
+from common import Row, document, made_with, publish, read_state, start
 
 from edgekit.console import say
 from edgekit.errors import ENVIRONMENT, EdgekitError, printable
 from edgekit.files import write_json
 
 RECIPE, TEACHER = "recipes/mobilenet.toml", "recipes/digits-teacher.toml"
+QUICK = ("train.epochs=4",)
 VERDICTS = (0, 1, 3)  # the exit codes of verify that carry a verdict
 
 
@@ -36,6 +38,19 @@ def edgekit(*words: object, codes: tuple[int, ...] = (0,)) -> None:
     code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if code not in codes:
         raise EdgekitError(f"edgekit {words[0]} ended with exit code {code}", where=words[1], exit_code=ENVIRONMENT)
+
+
+def claim(place: Path, overrides: tuple[str, ...]) -> None:
+    """Let what is kept in `place` be of one recipe and one code.
+
+    Raises:
+        EdgekitError: it was begun with others, or nobody knows with which.
+    """
+    settings = {"overrides": list(overrides), **made_with(RECIPE, TEACHER)}
+    file = place / "settings.json"
+    if not file.is_file() and place.is_dir() and any(place.iterdir()):
+        raise EdgekitError("what is kept here does not say what made it", where=place, mend="Name another --folder")
+    write_json(file, read_state(file, settings))
 
 
 def distil(recipe: str, folder: Path, seed: int, overrides: tuple[str, ...]) -> None:
@@ -94,9 +109,10 @@ def main(
     verdicts: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         place = folder or (Path(scratch) if quick else Path("runs/seeds"))
+        claim(place, QUICK if quick else ())
         if quick:  # a teacher of its own: the recipe's takes longer than all the rest
             distil(TEACHER, place / "teacher", 0, ("train.epochs=2",))
-            overrides = (f"teacher={place / 'teacher' / 'student.safetensors'}", "train.epochs=4")
+            overrides = (f"teacher={place / 'teacher' / 'student.safetensors'}", *QUICK)
         for seed in range(1 if quick else seeds):
             verdicts[seed] = judge(place / str(seed), seed, overrides, 200 if quick else None)
             words = ", ".join(f"{one['name']} {one['verdict']}" for one in verdicts[seed]["artifacts"])

@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from edgekit import machine
+import edgekit
+from edgekit import machine, shipped
 from edgekit.console import console, say
 from edgekit.errors import BAD_INPUT, EdgekitError, printable
+from edgekit.files import digest, sha256
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,14 @@ def figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
+def made_with(*recipes: str) -> dict[str, Any]:
+    """What decides the figures of a benchmark that trains: the recipes' content, and every source of the package."""
+    root = Path(edgekit.__file__).parent
+    sources = sorted(root.rglob("*.py"))
+    code = digest(*(part for path in sources for part in (str(path.relative_to(root)), path.read_bytes())))
+    return {"recipes": {name: sha256(shipped.find(name, "recipes")) for name in recipes}, "code": code}
+
+
 def read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What an interrupted benchmark kept in `path`; a new state where there is none.
 
@@ -115,11 +125,9 @@ def read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         raise EdgekitError("not valid JSON", where=path, mend="Remove it to start again") from None
     if not isinstance(state, dict) or state.get("settings") != settings:
-        raise EdgekitError(
-            f"this state was written with other settings than {json.dumps(settings)}",
-            where=path,
-            mend="Name another with --state",
-        )
+        before = state.get("settings", {}) if isinstance(state, dict) else {}
+        other = ", ".join(sorted(key for key in {*settings, *before} if settings.get(key) != before.get(key)))
+        raise EdgekitError(f"what is kept here was made with other settings ({other})", where=path, mend="Name another")
     return state
 
 
