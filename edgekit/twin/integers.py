@@ -231,6 +231,37 @@ class Added:
 
 
 @dataclass(frozen=True)
+class Averaged:
+    """An average of a grid: QLinearAveragePool rounds after adding the zero point, so that ties fall by its parity."""
+
+    value: Tensor
+
+    def real(self) -> Tensor:
+        return self.value
+
+    def on(self, target: Target) -> Grid:
+        zero = target.zero.float()
+        rounded: Tensor = Round.apply(  # pyright: ignore
+            self.value / target.scale + zero, torch.ones_like(zero), target.low, target.high, False
+        )
+        return target.grid(rounded - zero)
+
+
+@dataclass(frozen=True)
+class Softened:
+    """A softmax of a grid: QLinearSoftmax multiplies by 1 / scale rounded to an integer."""
+
+    value: Tensor
+
+    def real(self) -> Tensor:
+        return self.value
+
+    def on(self, target: Target) -> Grid:
+        factor = (1 / target.scale).round()
+        return target.grid(Round.apply(self.value, factor, *target.limits(), False))  # pyright: ignore
+
+
+@dataclass(frozen=True)
 class Bounded:
     """A value between Relu or Clip and its QuantizeLinear; the bounds are needless where the grid ends there."""
 

@@ -1,7 +1,7 @@
 """A graph as a torch module: constants folded, arithmetic of shapes done once per input shape."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,8 +137,8 @@ def _run(node: Node, inputs: list[Value]) -> Value:
         raise node.error(f"cannot be computed: {first[:200]}") from error
 
 
-def _outputs(node: Node, made: Value) -> Iterable[tuple[str, Value]]:
-    return zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)
+def _outputs(node: Node, made: Value) -> dict[str, Value]:
+    return dict(zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False))
 
 
 def _sized(steps: list[Node], constants: dict[str, Value]) -> set[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgekit.twin import elementwise, layers, pooling
 from edgekit.twin.graph import Node
-from edgekit.twin.integers import Added, Grid, Joined, Round, Sums, Target, Value, real
+from edgekit.twin.integers import Added, Averaged, Grid, Joined, Round, Softened, Sums, Target, Value, real
 
 _RANGES: dict[int, tuple[int, int]] = {
     TensorProto.UINT8: (0, 255), TensorProto.INT8: (-128, 127), TensorProto.UINT16: (0, 65535),
@@ -166,15 +166,15 @@ def global_average(node: Node, x: Value, xs: Any, xz: Any, ys: Any, yz: Any) -> 
 def average(node: Node, x: Value, xs: Any, xz: Any, ys: Any, yz: Any = None) -> Grid:
     value = real(dequantize(node, x, xs, xz))
     if node.get("channels_last", 0):
-        made = pooling.average_pool(node, value.movedim(-1, 1)).movedim(1, -1)
+        made = pooling.averaged(node, value.movedim(-1, 1)).movedim(1, -1)
     else:
-        made = pooling.average_pool(node, value)
-    return _rounded(made, _target(ys, yz))
+        made = pooling.averaged(node, value)
+    return _rounded(Averaged(made), _target(ys, yz))
 
 
 def softmax(node: Node, x: Value, xs: Any, xz: Any, ys: Any, yz: Any = None) -> Grid:
     made = elementwise.softmax_of(node, real(dequantize(node, x, xs, xz)), node.get("opset", node.opset), torch.softmax)
-    return _rounded(made, _target(ys, yz))
+    return _rounded(Softened(made), _target(ys, yz))
 
 
 # Dynamic quantization -------------------------------------------------------------------------------------------------
