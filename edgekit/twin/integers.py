@@ -240,6 +240,8 @@ class Averaged:
         return self.value
 
     def on(self, target: Target) -> Grid:
+        if target.low < 0:  # signed averages are not fused: floats, then QuantizeLinear
+            return target.grid(Round.apply(self.value, target.scale, *target.limits(), True))  # pyright: ignore
         zero = target.zero.float()
         rounded: Tensor = Round.apply(  # pyright: ignore
             self.value / target.scale + zero, torch.ones_like(zero), target.low, target.high, False
@@ -249,7 +251,7 @@ class Averaged:
 
 @dataclass(frozen=True)
 class Softened:
-    """A softmax of a grid: QLinearSoftmax multiplies by 1 / scale rounded to an integer."""
+    """A softmax of a grid: QLinearSoftmax multiplies by the whole part of 1 / scale."""
 
     value: Tensor
 
@@ -257,7 +259,7 @@ class Softened:
         return self.value
 
     def on(self, target: Target) -> Grid:
-        factor = (1 / target.scale).round()
+        factor = (1 / target.scale).floor()
         return target.grid(Round.apply(self.value, factor, *target.limits(), False))  # pyright: ignore
 
 
