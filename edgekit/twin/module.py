@@ -37,8 +37,8 @@ class Twin(nn.Module):
         self.sized = _sized(self.steps, self.constants)
         # A file for a fixed number of images, or whose grids depend on the batch, is asked in the batches it was made
         # for, unless a trial shows that more at once makes no difference.
-        dynamic = any(node.type == "DynamicQuantizeLinear" for node in self.steps)
-        self._at_once = graph.batch or (1 if dynamic else None)
+        self._dynamic = [node for node in self.steps if node.type == "DynamicQuantizeLinear"]
+        self._at_once = graph.batch or (1 if self._dynamic else None)
         self._tried: dict[tuple[int, ...], bool] = {}
         self._known: dict[Any, dict[str, Value]] = {}
         self._dead = _last_reads(self.steps, self.output)
@@ -101,6 +101,8 @@ class Twin(nn.Module):
         key = (tuple(images.shape), images.device)
         known = self._known.get(key)
         kept: dict[str, Value] = {}
+        for node in self._dynamic:
+            node.memo["images"] = len(images)
         if known is not None:
             values.update(known)
         for place, (node, dead) in enumerate(zip(self.steps, self._dead, strict=True)):
