@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgekit.twin.graph import Node
-from edgekit.twin.integers import Added, Bounded, Grid, Sums, Value, bounded, real
+from edgekit.twin.integers import Added, Bounded, Grid, Softened, Sums, Value, bounded, real
 
 _TYPES = {
     TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32, TensorProto.BOOL: torch.bool,
@@ -163,7 +163,12 @@ def shrink(node: Node, value: Tensor) -> Tensor:
 
 def softmax(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Softmax or LogSoftmax."""
-    return lambda node, value: softmax_of(node, real(value), node.opset, function)
+
+    def operator(node: Node, value: Value) -> Value:
+        made = softmax_of(node, real(value), node.opset, function)
+        return Softened(made) if function is torch.softmax and isinstance(value, Grid) and not value.stored else made
+
+    return operator
 
 
 def softmax_of(node: Node, value: Tensor, opset: int, function: Callable[..., Tensor]) -> Tensor:

@@ -80,20 +80,27 @@ class _RoundedSum(torch.autograd.Function):
     """clamp(round(fma(a, ra, fma(b, rb, k)))): ONNX Runtime's QLinearAdd, which rounds after adding the zero point."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, ra: Tensor, rb: Tensor, k: Tensor, low: float, high: float) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, ratios: tuple[Tensor, Tensor], zeros: Sequence[float], low: float, high: float
+    ) -> Tensor:
+        (ra, rb), (za, zb, zc) = ratios, zeros
+        k = zc - (ra.double() * za + (rb * zb).double()).float()
         # A fused multiply-add rounds once: exact in float64, then to float32.
-        inside = b.double().mul_(rb.double()).add_(k.double()).float().double()
-        total = (a.double().mul_(ra.double()) + inside).float()
+        inside = _raw(b, zb).mul_(rb.double()).add_(k.double()).float()
+        total = _raw(a, za).mul_(ra.double()).add(inside).float()
         ctx.save_for_backward(total)
-        ctx.range, ctx.ra, ctx.rb = (low - 0.5, high + 0.5), ra, rb
-        ctx.shapes = a.shape, b.shape
-        return total.round().clamp_(low, high)
+        ctx.range, ctx.ratios, ctx.shapes = (low - 0.5, high + 0.5), ratios, (a.shape, b.shape)
+        return total.round().clamp_(low, high).sub_(zc)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = _clipped(gradients[0], ctx.saved_tensors[0], *ctx.range)
-        a, b = (gradient.sum_to_size(shape) for shape in ctx.shapes)
-        return a * ctx.ra, b * ctx.rb, None, None, None, None, None
+        a, b = (gradient.sum_to_size(shape) * by for shape, by in zip(ctx.shapes, ctx.ratios, strict=True))
+        return a, b, None, None, None, None
+
+
+def _raw(centred: Tensor, zero: float) -> Tensor:
+    return centred.double().add_(zero) if zero else centred.double()
 
 
 @dataclass(frozen=True)
@@ -223,11 +230,45 @@ class Added:
         return self.a.real() + self.b.real()
 
     def on(self, target: Target) -> Grid:
-        ra, rb = self.a.scale / target.scale, self.b.scale / target.scale
-        za, zb, zc = (value.float() for value in (self.a.zero, self.b.zero, target.zero))
-        k = zc - (ra.double() * za.double() + (rb * zb).double()).float()
-        total: Tensor = _RoundedSum.apply(self.a.centred + za, self.b.centred + zb, ra, rb, k, target.low, target.high)  # pyright: ignore
-        return target.grid(total - zc)
+        ratios = self.a.scale / target.scale, self.b.scale / target.scale
+        zeros = [float(zero) for zero in (self.a.zero, self.b.zero, target.zero)]
+        summed: Tensor = _RoundedSum.apply(  # pyright: ignore
+            self.a.centred, self.b.centred, ratios, zeros, target.low, target.high
+        )
+        return target.grid(summed)
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """An average of a grid: QLinearAveragePool rounds after adding the zero point, so that ties fall by its parity."""
+
+    value: Tensor
+
+    def real(self) -> Tensor:
+        return self.value
+
+    def on(self, target: Target) -> Grid:
+        if target.low < 0:  # signed averages are not fused: floats, then QuantizeLinear
+            return target.grid(Round.apply(self.value, target.scale, *target.limits(), True))  # pyright: ignore
+        zero = target.zero.float()
+        rounded: Tensor = Round.apply(  # pyright: ignore
+            self.value / target.scale + zero, torch.ones_like(zero), target.low, target.high, False
+        )
+        return target.grid(rounded - zero)
+
+
+@dataclass(frozen=True)
+class Softened:
+    """A softmax of a grid: QLinearSoftmax multiplies by the whole part of 1 / scale."""
+
+    value: Tensor
+
+    def real(self) -> Tensor:
+        return self.value
+
+    def on(self, target: Target) -> Grid:
+        factor = (1 / target.scale).floor()
+        return target.grid(Round.apply(self.value, factor, *target.limits(), False))  # pyright: ignore
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A graph as a torch module: constants folded, arithmetic of shapes done once per input shape."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,8 +37,8 @@ class Twin(nn.Module):
         self.sized = _sized(self.steps, self.constants)
         # A file for a fixed number of images, or whose grids depend on the batch, is asked in the batches it was made
         # for, unless a trial shows that more at once makes no difference.
-        dynamic = any(node.type == "DynamicQuantizeLinear" for node in self.steps)
-        self._at_once = graph.batch or (1 if dynamic else None)
+        self._dynamic = [node for node in self.steps if node.type == "DynamicQuantizeLinear"]
+        self._at_once = graph.batch or (1 if self._dynamic else None)
         self._tried: dict[tuple[int, ...], bool] = {}
         self._known: dict[Any, dict[str, Value]] = {}
         self._dead = _last_reads(self.steps, self.output)
@@ -101,6 +101,8 @@ class Twin(nn.Module):
         key = (tuple(images.shape), images.device)
         known = self._known.get(key)
         kept: dict[str, Value] = {}
+        for node in self._dynamic:
+            node.memo["images"] = len(images)
         if known is not None:
             values.update(known)
         for place, (node, dead) in enumerate(zip(self.steps, self._dead, strict=True)):
@@ -137,8 +139,8 @@ def _run(node: Node, inputs: list[Value]) -> Value:
         raise node.error(f"cannot be computed: {first[:200]}") from error
 
 
-def _outputs(node: Node, made: Value) -> Iterable[tuple[str, Value]]:
-    return zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)
+def _outputs(node: Node, made: Value) -> dict[str, Value]:
+    return dict(zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False))
 
 
 def _sized(steps: list[Node], constants: dict[str, Value]) -> set[int]:

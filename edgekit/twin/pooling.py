@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgekit.twin.graph import Node
-from edgekit.twin.integers import Grid, Sums, Value, real
+from edgekit.twin.integers import Averaged, Grid, Sums, Value, real
 from edgekit.twin.layers import listed, padded, spatial_pads
 
 _MAXIMA = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
@@ -44,8 +44,13 @@ def max_pool(node: Node, value: Tensor) -> Tensor:
     return _MAXIMA[count](value, kernel, strides, padding, dilations)
 
 
-def average_pool(node: Node, value: Value) -> Tensor:
-    x, kernel = real(value), node.attributes["kernel_shape"]
+def average_pool(node: Node, value: Value) -> Value:
+    made = averaged(node, real(value))
+    return Averaged(made) if isinstance(value, Grid) and not value.stored else made
+
+
+def averaged(node: Node, x: Tensor) -> Tensor:
+    kernel = node.attributes["kernel_shape"]
     count = len(kernel)
     if any(dilation != 1 for dilation in listed(node.get("dilations"), count)):
         raise node.error("dilated averages have no rule here")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgekit.twin import elementwise, layers, pooling
 from edgekit.twin.graph import Node
-from edgekit.twin.integers import Added, Grid, Joined, Round, Sums, Target, Value, real
+from edgekit.twin.integers import Added, Averaged, Grid, Joined, Round, Softened, Sums, Target, Value, real
 
 _RANGES: dict[int, tuple[int, int]] = {
     TensorProto.UINT8: (0, 255), TensorProto.INT8: (-128, 127), TensorProto.UINT16: (0, 65535),
@@ -166,15 +166,15 @@ def global_average(node: Node, x: Value, xs: Any, xz: Any, ys: Any, yz: Any) -> 
 def average(node: Node, x: Value, xs: Any, xz: Any, ys: Any, yz: Any = None) -> Grid:
     value = real(dequantize(node, x, xs, xz))
     if node.get("channels_last", 0):
-        made = pooling.average_pool(node, value.movedim(-1, 1)).movedim(1, -1)
+        made = pooling.averaged(node, value.movedim(-1, 1)).movedim(1, -1)
     else:
-        made = pooling.average_pool(node, value)
-    return _rounded(made, _target(ys, yz))
+        made = pooling.averaged(node, value)
+    return _rounded(Averaged(made), _target(ys, yz))
 
 
 def softmax(node: Node, x: Value, xs: Any, xz: Any, ys: Any, yz: Any = None) -> Grid:
     made = elementwise.softmax_of(node, real(dequantize(node, x, xs, xz)), node.get("opset", node.opset), torch.softmax)
-    return _rounded(made, _target(ys, yz))
+    return _rounded(Softened(made), _target(ys, yz))
 
 
 # Dynamic quantization -------------------------------------------------------------------------------------------------
@@ -184,15 +184,15 @@ def dynamic(node: Node, value: Value) -> tuple[Grid, Tensor, Tensor]:
     """DynamicQuantizeLinear, sample by sample: a file that is judged at batch 1 sees the range of one sample."""
     x = real(value)
     with torch.no_grad():
-        rows = x.detach().flatten(1) if x.ndim > 1 else x.detach().reshape(1, -1)
+        # Where the first axis is not that of the images there is one range, and Twin asks image by image.
+        apart = node.memo.get("images", 1) > 1 and len(x) == node.memo["images"]
+        rows = x.detach().flatten(1) if apart else x.detach().reshape(1, -1)
         low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
         scale = (high - low) / 255
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         zero = (-low / scale).round().clamp(0, 255)
-        shape = [-1, *[1] * (x.ndim - 1)] if x.ndim > 1 else [1]
+        shape = [-1, *[1] * (x.ndim - 1)] if apart else []
         scale, zero = scale.reshape(shape), zero.reshape(shape)
-        if len(rows) == 1:
-            scale, zero = scale.reshape([]), zero.reshape([])
     rounded: Tensor = Round.apply(x, scale, -torch.inf, torch.inf, True)  # pyright: ignore
     centred = (rounded + zero).clamp(0, 255) - zero if not x.requires_grad else _hold(rounded, zero)
     return Grid(centred, scale, zero, 255, stored=True), scale, zero

@@ -100,6 +100,8 @@ def prepared(make: Callable[[], nn.Module], size: int, seed: int = 0) -> nn.Modu
         last = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
         nn.init.normal_(last.weight)
         last.weight *= 3 / network(photos(32, size)).std(0).mean()
+        if last.bias is not None:
+            last.bias -= network(photos(32, size)).mean(0)
     return network
 
 
