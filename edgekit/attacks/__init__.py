@@ -85,7 +85,6 @@ class _Family:
     stepping: bool = False
     gradients: bool = True
     needs: tuple[str, ...] = ()
-    norms: tuple[str, ...] = tuple(NORMS)
 
 
 FAMILIES: dict[str, _Family] = {
@@ -94,7 +93,7 @@ FAMILIES: dict[str, _Family] = {
     "apgd": _Family(apgd, losses=True),
     "apgdt": _Family(targeted),
     "fab": _Family(fab, restarts=False),
-    "square": _Family(square, unit="queries", gradients=False, norms=("Linf",)),
+    "square": _Family(square, unit="queries", gradients=False),
     "nes": _Family(nes, unit="queries", gradients=False),
     "diva": _Family(diva, stepping=True, needs=NEEDS),
 }
@@ -108,8 +107,8 @@ def parse(names: str, norm: str = "Linf") -> tuple[Attack, ...]:
     What a suite holds besides is left out where it was there before.
 
     Raises:
-        EdgekitError: a name means nothing, stands there twice, asks for more steps or starts than are allowed, or is
-            not defined for `norm`.
+        EdgekitError: a name means nothing, stands there twice, or asks for more steps or starts than are allowed;
+            `norm` is not in NORMS.
     """
     choose(NORMS, norm, "norm")
     listed = [name.strip() for name in names.split(",")]
@@ -132,9 +131,7 @@ def _attack(name: str, norm: str) -> Attack:
     family = FAMILIES.get(match[1]) if match else None
     if match is None or family is None or not _fits(family, match):
         raise EdgekitError(f"there is no attack '{name}'", mend=_nearest(name))
-    if norm not in family.norms:
-        raise EdgekitError(f"the attack '{name}' is not defined for the norm {norm}", mend="Use another attack")
-    choices: dict[str, Any] = {"norm": norm} if len(family.norms) > 1 else {}
+    choices: dict[str, Any] = {"norm": norm}
     if family.unit:
         choices[family.unit] = _count(name, family.unit, match[2], MOST_STEPS)
     if family.losses:

@@ -1,5 +1,7 @@
 """FAB against linear programming, against Hölder's inequality, and against what PGD reaches."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,57 @@ def test_a_linear_judge_is_fooled_exactly_where_hoelder_says(norm: str, dual: in
     assert 90 < fooled.sum() < 110
     length = torch.linalg.vector_norm(adversarial - images, ord=float("inf") if dual == 1 else 2, dim=(1, 2, 3))
     assert length.max() <= epsilon + 1e-6
+
+
+def one_by_one(net, image: Tensor, label: int, target: int, epsilon: float, steps: int, norm: str) -> list[Tensor]:
+    """The algorithm for one image (1, C, H, W) and one target, planes reached by bisection: all it shows the judge."""
+    order, x, shown = float("inf") if norm == "Linf" else 2, image, []
+
+    def length(move: Tensor) -> float:
+        return torch.linalg.vector_norm(move, ord=order).item()
+
+    for _ in range(steps):
+        z = x.clone().requires_grad_()
+        logits = net(z)[0]
+        value = logits[target] - logits[label]
+        (weight,) = torch.autograd.grad(value, z)
+
+        def move_from(y: Tensor, value=value.item(), weight=weight, x=x) -> Tensor:
+            need = -(value + (weight * (y - x)).sum().item())
+            speed = (weight.sign() if norm == "Linf" else weight) * (1 if need > 0 else -1)
+            low, high = 0.0, 1e4
+            for _ in range(100):
+                middle = (low + high) / 2
+                reached = abs((weight * ((y + middle * speed).clamp(0, 1) - y)).sum().item()) >= abs(need)
+                low, high = (low, middle) if reached else (middle, high)
+            return (y + high * speed).clamp(0, 1) - y
+
+        own, clean = move_from(x), move_from(image)
+        share = min(length(own) / (length(own) + length(clean)), 0.1)
+        x = ((1 - share) * (x + 1.05 * own) + share * (image + 1.05 * clean)).clamp(0, 1)
+        away = x - image
+        inside = away.clamp(-epsilon, epsilon) if norm == "Linf" else away * min(1.0, epsilon / length(away))
+        shown.append((image + inside).clamp(0, 1))
+        if length(away) > epsilon and net(x).argmax() != label:
+            x = image + 0.9 * away
+    return shown
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.03), ("L2", 0.2)])
+def test_every_candidate_is_the_papers(net, digits, norm: str, epsilon: float) -> None:
+    net, images, labels = copy.deepcopy(net).double(), digits[2][:10].double(), digits[3][:10]
+    seen: list[Tensor] = []
+    judge = Wrapped(lambda batch: seen.append(batch.detach().clone()) or net(batch), differentiable=False)
+    _, fooled = fab(net, judge, images, labels, seeds=None, epsilon=epsilon, steps=6, targets=2, norm=norm)
+    left = (~fooled).nonzero().squeeze(1).tolist()
+    assert len(left) >= 4
+    for i in left:
+        order = net(images[i : i + 1])[0].argsort(descending=True).tolist()
+        targets = [place for place in order if place != labels[i]][:2]
+        for k, target in enumerate(targets):
+            expected = one_by_one(net, images[i : i + 1], int(labels[i]), target, epsilon, 6, norm)
+            for batch, candidate in zip(seen[1 + 6 * k : 7 + 6 * k], expected, strict=True):
+                assert (batch - candidate).flatten(1).abs().amax(1).min() < 1e-6
 
 
 def test_it_finds_about_what_pgd_finds_and_each_target_adds(net, digits) -> None:
