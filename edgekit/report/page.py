@@ -47,7 +47,7 @@ def to_html(verdict: Verdict, evidence: Evidence | None = None, command: str = "
     environment.filters |= {"name": words.name, "word": words.word, "percent": words.percent, "ends": words.ends}
     environment.filters |= {"signed": words.signed, "p_value": words.p_value}
     known = evidence or Evidence()
-    files = [_file(verdict, one, known) for one in verdict.artifacts]
+    files = [_file(verdict, one, known, svg.colour(place)) for place, one in enumerate(verdict.artifacts)]
     classes, classes_left_out = _classes(files, known)
     return environment.get_template("page.html").render(
         verdict=verdict,
@@ -82,11 +82,11 @@ class _File:
     rests_on: list[str]
 
 
-def _file(verdict: Verdict, one: ArtifactVerdict, known: Evidence) -> _File:
+def _file(verdict: Verdict, one: ArtifactVerdict, known: Evidence, kind: str) -> _File:
     seen = next((file for file in known.files if file.name == one.name), FileEvidence(one.name))
     return _File(
         one=one,
-        kind=svg.colour(verdict.artifacts.index(one)),
+        kind=kind,
         seen=seen,
         change=_change(verdict, one),
         crossings=_crossings(seen),

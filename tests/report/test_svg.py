@@ -52,6 +52,8 @@ def test_an_interval_lies_in_the_shade_where_it_is_beyond_what_is_allowed():
     whisker = next(line for line in root.iter("line") if line.get("class") == "whisker")
     edge = float(shade.get("x")) + float(shade.get("width"))
     assert float(whisker.get("x1")) < float(dot.get("cx")) < float(whisker.get("x2")) < edge
+    (limit,) = (line for line in root.iter("line") if line.get("class") == "limit")
+    assert float(limit.get("x1")) == edge
 
 
 def test_no_title_leaves_its_attribute():
