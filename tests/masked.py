@@ -1,6 +1,6 @@
 """Small digit classifiers, and masks that hide their gradients or their answers from an attack.
 
-Each mask is the fault of a published defence that did not hold (Athalye et al., ICML 2018; Pintor et al., NeurIPS 2022).
+Each mask is the fault of a published defence that did not hold: Athalye et al., ICML 2018; Pintor et al., NeurIPS 2022.
 """
 
 import functools
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from edgekit.classifier import Classifier, Wrapped
 
-EPSILON = 0.1
+EPSILON = 0.15
 
 
 @functools.cache
@@ -35,8 +35,8 @@ def dense() -> Net:
 
 
 def convolutional() -> Net:
-    layers = (nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU())
-    return Net(*layers, nn.Flatten(), nn.Linear(512, 10))
+    layers = (nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
+    return Net(*layers, nn.Flatten(), nn.Linear(256, 10))
 
 
 PLAIN = {"regression": regression, "dense": dense, "convolutional": convolutional}
@@ -70,7 +70,7 @@ def as_file(model: Classifier) -> Wrapped:
 
 
 def saturated(net: Classifier) -> Wrapped:
-    """So sure of itself that the cross-entropy is 0 in float32; the decisions are the net's (defensive distillation)."""
+    """So sure of itself that the cross-entropy is 0 in float32 (defensive distillation); it decides as the net does."""
     return Wrapped(lambda images: 500 * net(images), differentiable=True)
 
 
