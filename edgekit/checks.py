@@ -24,8 +24,8 @@ from edgekit.verdict import Check, Rules, Twin
 
 MOST, FEWEST = 128, 12  # samples that the checks look at
 PART = 0.4  # of the attack's passes; with what is not counted they stay below half of its time
-# Chance alone may fail a check this often. Four of them rest on chance, so 250 honest files raise one flag.
-ALPHA = 0.001
+# Chance alone may fail a check this often. Four rest on chance: at most one honest file in a hundred is flagged.
+ALPHA = 0.0025
 FAITHFUL = 0.99  # agreement of a twin with its file below which its gradients are not those of the file
 ROUNDING = 1e-4  # two answers of one file that differ by less than this share of its largest logit are the same
 HUGE = 0.5  # the radius within which every image can be made the same grey

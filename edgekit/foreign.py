@@ -21,7 +21,7 @@ from edgekit.console import say
 from edgekit.data import Split
 from edgekit.errors import EdgekitError, nearest
 from edgekit.files import digest, sha256
-from edgekit.recipe import number
+from edgekit.recipe import typed
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
@@ -353,7 +353,7 @@ def _normalization(
 
 def _values(where: str, text: str, channels: int) -> tuple[float, ...]:
     try:
-        values = tuple(float(number(part.strip())) for part in text.split(","))
+        values = tuple(typed(part.strip()) for part in text.split(","))
     except (ValueError, OverflowError):
         raise EdgekitError("should be numbers such as 0.485,0.456,0.406 or 123/255", where=f"{where} {text}") from None
     if len(values) not in (1, channels) or not all(abs(value) < 1e6 for value in values):

@@ -25,6 +25,15 @@ def number(value: Any) -> Any:
     raise ValueError("should be a number or a fraction such as '8/255'")  # pydantic says which key
 
 
+def typed(text: str | float) -> float:
+    """A number as people type it: "0.5", "8/255", or a number already.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return float(number(text)) if isinstance(text, str) and "/" in text else float(text)
+
+
 Number = Annotated[float, BeforeValidator(number)]
 Pixels = Annotated[Number, Field(gt=0, le=1, allow_inf_nan=False)]  # in units of the [0, 1] range
 Fraction = Annotated[Number, Field(ge=0, lt=1)]  # of the run, or of a split

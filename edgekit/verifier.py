@@ -31,7 +31,7 @@ from edgekit.errors import ENVIRONMENT, EdgekitError, printable
 from edgekit.examine import Advance, Beside, Examined, Subject, Trial, examine
 from edgekit.files import digest, sha256, write_text
 from edgekit.foreign import Said
-from edgekit.recipe import number, read
+from edgekit.recipe import read, typed
 from edgekit.report import page
 from edgekit.report.evidence import Evidence, FileEvidence, gather
 from edgekit.report.junit import to_xml
@@ -471,7 +471,7 @@ def _rules(tolerance: float, clean_tolerance: float, at_least: float | None) -> 
 
 def _radius(epsilon: float | str, norm: str) -> float:
     try:
-        value = float(number(epsilon))
+        value = typed(epsilon)
     except (ValueError, OverflowError):
         raise EdgekitError("should be a number or a fraction such as 8/255", where=f"--epsilon {epsilon}") from None
     if norm == "Linf" and not 0 < value <= 1:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from edgekit.classifier import Classifier, Wrapped
 
-EPSILON = 0.1
+EPSILON = 0.15
 
 
 @functools.cache
@@ -35,8 +35,8 @@ def dense() -> Net:
 
 
 def convolutional() -> Net:
-    layers = (nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU())
-    return Net(*layers, nn.Flatten(), nn.Linear(512, 10))
+    layers = (nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
+    return Net(*layers, nn.Flatten(), nn.Linear(256, 10))
 
 
 PLAIN = {"regression": regression, "dense": dense, "convolutional": convolutional}

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from masked import (
@@ -22,13 +24,16 @@ from masked import (
 from scipy.stats import binomtest
 from torch import Tensor
 
-from edgekit import checks
+from edgekit import checks, models, quantize, twin
 from edgekit.attacks import Attack, parse
 from edgekit.attacks.campaign import Meter, Outcome, confront
+from edgekit.attacks.pgd import pgd
 from edgekit.checks import Evidence, beats, contested, exceeds, planted, scrutinize, settle, settle_all
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import EdgekitError
-from edgekit.examine import Subject, Trial, examine
+from edgekit.examine import Beside, Subject, Trial, examine
+from edgekit.formats import onnx
+from edgekit.models import Network
 from edgekit.randomness import uniform
 from edgekit.verdict import Check, Rules
 
@@ -103,7 +108,7 @@ def test_a_file_that_answers_at_random_is_flagged_by_name(net) -> None:
 
 def test_gradients_that_point_elsewhere_lose_to_scores_and_to_another_model(net) -> None:
     wrong = reversed_gradients(net)
-    alone = scrutinize(evidence(as_file(net), {"twin": wrong}))
+    alone = scrutinize(evidence(as_file(net), {"twin": wrong}, "pgd60"))
     assert {"gradient_free_is_weaker", "steps_increase_loss", "huge_epsilon_fools"} <= failed(alone)
     assert "transfer_is_weaker" not in {check.name for check in alone}  # from nothing, nothing is carried over
     assert "transfer_is_weaker" in failed(scrutinize(evidence(as_file(net), {"float": net, "twin": wrong})))
@@ -112,10 +117,10 @@ def test_gradients_that_point_elsewhere_lose_to_scores_and_to_another_model(net)
 
 
 def test_an_attack_that_stops_too_early_is_flagged_by_name(net) -> None:
-    def idle(source, judge, images, labels, *, seeds, epsilon):
-        return images, judge(images).argmax(1) != labels
+    def timid(source, judge, images, labels, *, seeds, epsilon):
+        return pgd(source, judge, images, labels, seeds=seeds, epsilon=epsilon / 10, steps=60)
 
-    found = failed(scrutinize(evidence(as_file(net), {"twin": net}, (Attack("idle", 1, idle),))))
+    found = failed(scrutinize(evidence(as_file(net), {"twin": net}, (Attack("timid", 1, timid),))))
     assert {"more_steps_change_little", "huge_epsilon_fools", "gradient_free_is_weaker"} <= found
     assert not found & {"epsilon_zero_is_clean", "steps_increase_loss", "gradients_reach_the_input"}
 
@@ -154,6 +159,33 @@ def test_a_plainly_trained_model_raises_no_flag(kind: str, seed: int) -> None:
         "gradient_free_is_weaker",
         "transfer_is_weaker",
     ][: len(found)]
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Path, Trial]:
+    """The CIFAR-10 student that benchmarks use, its int8 file as the exporter makes it, and 100 test images."""
+    folder = Path(__file__).parents[1] / "benchmarks/students/cifar10-mobilenet-cpu"
+    with numpy.load(folder / "images.npz") as archive:
+        images = torch.from_numpy(archive["images"]).float() / 255
+        labels, index = torch.from_numpy(archive["labels"]), torch.from_numpy(archive["index"])
+    student = models.load(folder / "student.safetensors").requires_grad_(False)
+    place = tmp_path_factory.mktemp("int8")
+    onnx.write_model(quantize.quantize(onnx.lower(student), images, quantize.SCHEMES["x86"]).model, place, {})
+    return student, place / onnx.FILE, Trial(parse("pgd20"), images, labels, index, 8 / 255)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+def test_a_robust_student_and_its_honest_int8_file_raise_no_flag(cifar, seed: int) -> None:
+    student, file, trial = cifar
+    trial = replace(trial, seed=seed)
+    own = trial.run(student, {"float": student})
+    for open, copy in ((lambda: as_file(student), None), (lambda: onnx.open(file, threads=1), twin.open(file))):
+        subject = Subject("f", "onnx", "int8", "model.onnx", 1, "00", "here", open, copy)
+        one = examine(subject, Beside(student, own), trial, Rules(), self_test=seed == 0)
+        assert failed(list(one.verdict.checks)) == set(), one.verdict.checks
+        assert one.verdict.robust_accuracy is not None
+        assert 0.2 < one.verdict.robust_accuracy.value < 0.5
+        assert one.check_seconds > 0
 
 
 # The self-test --------------------------------------------------------------------------------------------------------
@@ -265,7 +297,7 @@ def test_an_excess_is_judged_by_the_exact_binomial_test(counts: tuple[int, int])
 def test_a_gain_by_chance_is_no_flag_and_a_large_one_is() -> None:
     before = torch.zeros(200, dtype=torch.bool)
     some, many = before.clone(), before.clone()
-    some[:9], many[:10] = True, True  # 2 ** -9 is above 0.001, 2 ** -10 below
+    some[:8], many[:9] = True, True  # 2 ** -8 is above 0.0025, 2 ** -9 below
     assert checks.robust_accuracy_did_not_rise(before, some, Rules()).passed
     assert not checks.robust_accuracy_did_not_rise(before, many, Rules()).passed
 
