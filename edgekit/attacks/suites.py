@@ -7,6 +7,7 @@ SUITES: dict[str, str] = {
     # The columns of Zi et al., ICCV 2021, arXiv:2108.07969: FGSM, PGD_SAT and PGD_TRADES, which differ in the step
     # alone, CW-infinity, which is 30 steps on the margin, and AutoAttack.
     "rslad": "fgsm,pgd20@2/255,pgd20@0.003,pgd30-margin,autoattack",
-    # The default of verify: the cheapest union that is strong on int8 files.
+    # For files on a device: three ways to climb, and one attack without gradients, so that masked ones show. On an
+    # honest int8 file that last one adds nothing (benchmarks/suite.py).
     "deployed": "pgd20,pgd20-margin,apgdt10,nes500",
 }
