@@ -86,7 +86,6 @@ class Examined:
     outcome: Outcome
     answers: Tensor  # (N,) int64, what a freshly opened file says of the adversarial images
     float_robust: Tensor | None  # (N,) bool, under all that the file faced; None where no student stands beside it
-    check_seconds: float  # of the tests of the attack itself
 
 
 @dataclass(frozen=True)
@@ -176,9 +175,10 @@ def examine(
         agreement=None if float_clean is None else share(float_clean == outcome.clean.argmax(1)),
         twin=fidelity,
         checks=found,
+        checks_seconds=seconds,
         undecidable=_guessing(subject, clean_right, rules),
     )
-    return Examined(judgement, outcome, replayed.argmax(1), float_robust, seconds)
+    return Examined(judgement, outcome, replayed.argmax(1), float_robust)
 
 
 def _float_robust(

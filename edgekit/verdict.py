@@ -117,6 +117,7 @@ class ArtifactVerdict:
     agreement: float | None = None
     twin: Twin | None = None
     checks: tuple[Check, ...] = ()
+    checks_seconds: float | None = None  # what the checks took, beside the attacks' own seconds
     judged_on: str | None = None
     verdict: str
     why: str
@@ -306,6 +307,7 @@ def judged(
     agreement: float | None = None,
     twin: Twin | None = None,
     checks: Iterable[Check] = (),
+    checks_seconds: float | None = None,
     undecidable: str | None = None,
 ) -> ArtifactVerdict:
     """The verdict on one file from what each sample did; every array (N,) bool over the same samples.
@@ -349,6 +351,7 @@ def judged(
         agreement=agreement,
         twin=twin,
         checks=checks,
+        checks_seconds=checks_seconds,
         judged_on=judged_on,
         verdict=verdict,
         why=why,

@@ -271,7 +271,7 @@ def _of_run(path: Path | None, samples: int | None, seed: int, radius: float | N
     _few(split, samples)
     threads = min(run.info().get("threads", 1), machine.cores())
     # The channels-last layout halves the time of a convolution's two passes on a CPU.
-    student = models.load(run.student).requires_grad_(False).to(memory_format=torch.channels_last)
+    student = models.load(run.student, factory=recipe.student.architecture).requires_grad_(False).to(memory_format=torch.channels_last)
     return Assignment(
         entries=[Entry(_about(run, one), partial(_subject, run, one, threads)) for one in found],
         split=split,
@@ -411,7 +411,7 @@ def _examine_all(
             examined = examine(subject, beside, trial, rules, surrogates, watch, notebook.page, self_test=self_test)
             if bar.disable:
                 seconds = sum(examined.outcome.seconds.values())
-                checked = f"checks {examined.check_seconds:.1f} s"
+                checked = f"checks {examined.verdict.checks_seconds or 0:.1f} s"
                 say(f"{name}: {_percent(examined.outcome.robust)} robust ({seconds:.1f} s, {checked})")
             if examined.outcome.skipped:
                 say(f"{name}: {', '.join(examined.outcome.skipped)} did not run: no source for it")
