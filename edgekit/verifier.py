@@ -271,7 +271,8 @@ def _of_run(path: Path | None, samples: int | None, seed: int, radius: float | N
     _few(split, samples)
     threads = min(run.info().get("threads", 1), machine.cores())
     # The channels-last layout halves the time of a convolution's two passes on a CPU.
-    student = models.load(run.student, factory=recipe.student.architecture).requires_grad_(False).to(memory_format=torch.channels_last)
+    student = models.load(run.student, factory=recipe.student.architecture).requires_grad_(False)
+    student = student.to(memory_format=torch.channels_last)
     return Assignment(
         entries=[Entry(_about(run, one), partial(_subject, run, one, threads)) for one in found],
         split=split,
