@@ -200,12 +200,70 @@ def verify(
     if json:
         _print_json(document)
     else:
-        from rich.console import Console
-
         from edgekit.report import terminal
 
-        Console().print(terminal.to_table(verdict.from_dict(document)))
+        _print(terminal.to_table(verdict.from_dict(document)))
     raise typer.Exit(0 if document["passed"] else verdict.EXIT[document["verdict"]])
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A model file, an artifact or a run folder.")], json: Json = False
+) -> None:
+    """Say what a model file is and how it was made; nothing of it is run."""
+    from edgekit import inspector
+
+    document = inspector.inspect(file)
+    if json:
+        _print_json(document)
+    else:
+        from edgekit.report import listing
+
+        _print(listing.facts(document))
+
+
+@app.command()
+def attacks(json: Json = False) -> None:
+    """List the attacks and suites that `verify --attack` takes."""
+    from edgekit.attacks import ATTACKS
+    from edgekit.attacks.suites import SUITES
+
+    suites = {name: f"all of: {members}" for name, members in SUITES.items()}
+    rows = [{"name": name, "does": does} for name, does in (ATTACKS | suites).items()]
+    _list(json, rows, "The numbers in a name are free: pgd50x3-margin is 50 steps from 3 starts on the margin loss.")
+
+
+@app.command()
+def methods(json: Json = False) -> None:
+    """List the training methods that a recipe's [method] takes."""
+    from edgekit.methods import METHODS
+
+    rows = [
+        {
+            "name": name,
+            "teacher": "needed" if method.needs_teacher else "none",
+            "options": ", ".join(method.options) or "none",
+            "paper": method.paper,
+        }
+        for name, method in METHODS.items()
+    ]
+    _list(json, rows, 'A recipe names one: [method] name = "rslad"')
+
+
+def _list(json: bool, rows: list[dict[str, str]], note: str) -> None:
+    if json:
+        _print_json(rows)
+        return
+    from edgekit.report import listing
+
+    _print(listing.to_table(list(rows[0]), [list(row.values()) for row in rows]))
+    say(note)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -1,6 +1,11 @@
 """ONNX files from elsewhere, built operator by operator, held against the same network in torch."""
 
 import json
+import random
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -385,3 +390,90 @@ def test_photos_of_another_size_are_resized_when_asked(desk) -> None:
     Image.new("RGB", (16, 16), (200, 30, 90)).save(big / "a.png")
     code, verdict, _ = verify(desk, "--data", "big", "--resize", "--attack", "fgsm")
     assert (code, verdict["samples"]) == (0, 1) or verdict["verdict"] == "inconclusive"
+
+
+def test_the_report_goes_where_it_is_asked_for(desk) -> None:
+    copies = ("--report", "r.html", "--markdown", "r.md", "--junit", "r.xml")
+    _, verdict, _ = verify(desk, "--data", "photos", "--attack", "fgsm", *copies)
+    assert verdict["report"] == "edgekit-verdicts/1/report.html"
+    page = (desk / "r.html").read_text()
+    assert page == (desk / verdict["report"]).read_text()
+    assert "edgekit verify" in page and "cat" in page
+    assert "| net " in (desk / "r.md").read_text()
+    assert "<testsuite" in (desk / "r.xml").read_text()
+
+
+def test_another_program_can_be_the_judge(desk) -> None:
+    words = ("--data", "photos", "--attack", "pgd5", "--epsilon", "2/255")
+    _, own, _ = verify(desk, *words)
+    program = f"{sys.executable} -m edgekit.judge.child net.onnx"
+    _, other, _ = verify(desk, *words, "--judge", program)
+    (one,), (two,) = own["artifacts"], other["artifacts"]
+    assert one["robust_accuracy"] == two["robust_accuracy"]
+    assert two["judged_on"] == f"judge {program}"
+    code, _, said = verify(desk, *words, "--judge", "tcp://127.0.0.1:1")
+    assert code == 4
+    assert "cannot be reached" in said
+
+
+def test_on_the_grid_every_image_is_one_that_a_camera_can_deliver(desk) -> None:
+    words = ("--data", "photos", "--attack", "pgd5", "--epsilon", "2.5/255", "--save-adversarial", "a.npz")
+    _, verdict, _ = verify(desk, *words, "--grid")
+    with numpy.load(desk / "a.npz") as archive:
+        moved, clean = archive["net/adversarial"], archive["images"]
+    assert numpy.abs(moved * 255 - (moved * 255).round()).max() < 1e-3
+    assert numpy.abs(moved - clean).max() <= 2 / 255 + 1e-6
+    assert 0 < verdict["artifacts"][0]["robust_accuracy"]["value"] < 48 / 60
+
+
+def test_the_l2_ball_is_searched_when_asked_for(desk) -> None:
+    words = ("--data", "photos", "--attack", "pgd5,nes20", "--norm", "L2", "--epsilon", "0.1", "--save-adversarial")
+    code, verdict, _ = verify(desk, *words, "a.npz")
+    assert (code, verdict["norm"]) == (0, "L2")
+    with numpy.load(desk / "a.npz") as archive:
+        lengths = numpy.sqrt(((archive["net/adversarial"] - archive["images"]) ** 2).sum((1, 2, 3)))
+    assert 0.09 < lengths.max() <= 0.1 + 1e-5
+
+
+def test_the_self_test_is_one_more_check(desk) -> None:
+    words = ("--data", "photos", "--attack", "pgd20-margin", "--epsilon", "2/255", "--self-test")
+    names = {check["name"]: check["passed"] for check in verify(desk, *words)[1]["artifacts"][0]["checks"]}
+    assert "planted_example_found" in names
+    assert {"epsilon_zero_is_clean", "steps_increase_loss", "same_answer_twice", "twin_fidelity"} <= set(names)
+
+
+def test_killed_at_any_moment_verify_goes_on_to_the_same_verdict(desk) -> None:
+    attacks = ",".join(f"pgd{steps}x3-margin" for steps in range(300, 312))
+    words = ("--data", "photos", "--attack", attacks, "--epsilon", "0.5/255")
+    whole = verify(desk, *words)[1]
+    assert not list((desk / "edgekit-verdicts").glob(".*"))
+    shutil.rmtree(desk / "edgekit-verdicts")
+    draw, found = random.Random(0), 0
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edgekit", "verify", "net.onnx", "--json", "--resume", *words],
+            cwd=desk,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 60
+        while len(list((desk / "edgekit-verdicts").glob(".*/*.safetensors"))) <= found:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        left = len(list((desk / "edgekit-verdicts").glob(".*/*.safetensors")))
+        assert found < left < 12  # it did not begin anew, and it was not through
+        found = left
+    resumed = verify(desk, *words, "--resume")
+    assert f"{found} finished parts are taken up" in resumed[2]
+    assert timeless(resumed[1]) == timeless(whole)
+    assert not list((desk / "edgekit-verdicts").glob(".*"))
+
+
+def timeless(verdict: Any) -> Any:
+    if isinstance(verdict, dict):
+        return {key: timeless(value) for key, value in verdict.items() if not key.endswith("seconds")}
+    return [timeless(item) for item in verdict] if isinstance(verdict, list) else verdict
