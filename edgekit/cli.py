@@ -167,6 +167,8 @@ def verify(
     """Attack exported files in their own runtimes and say whether the robustness survived."""
     from edgekit import verdict, verifier
 
+    typed = shlex.join(["edgekit", *sys.argv[1:]])
+
     document = verifier.verify(
         what,
         attack=attack,
@@ -185,7 +187,7 @@ def verify(
         markdown=markdown,
         junit=junit,
         judge=judge,
-        command=shlex.join(["edgekit", *sys.argv[1:]]),
+        command=typed,
         source=source,
         data=data,
         mean=mean,

@@ -173,7 +173,13 @@ def verify(
         stack.enter_context(_torch_threads(assignment.threads))
         surrogates = {} if source is None else _surrogate(Path(source), assignment)
         archived = stack.enter_context(archive.adversarial(save_adversarial, trial)) if save_adversarial else None
-        results = _examine_all(assignment, surrogates, trial, rules, notebook, archived, self_test=self_test)
+        try:
+            results = _examine_all(assignment, surrogates, trial, rules, notebook, archived, self_test=self_test)
+        except KeyboardInterrupt:
+            again = command or "edgekit verify"
+            said = again if resume else f"{again} --resume"
+            say(f"Interrupted; {notebook.parts} finished parts are kept. Continue with: {said}")
+            raise
         document = verdict.summarize(
             rules,
             results.artifacts,

@@ -1,8 +1,11 @@
 """ONNX files from elsewhere, built operator by operator, held against the same network in torch."""
 
 import json
+import os
 import random
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -399,7 +402,7 @@ def test_the_report_goes_where_it_is_asked_for(desk) -> None:
     page = (desk / "r.html").read_text()
     assert page == (desk / verdict["report"]).read_text()
     assert "edgekit verify" in page and "cat" in page
-    assert "| net " in (desk / "r.md").read_text()
+    assert "` net `" in (desk / "r.md").read_text()
     assert "<testsuite" in (desk / "r.xml").read_text()
 
 
@@ -471,6 +474,27 @@ def test_killed_at_any_moment_verify_goes_on_to_the_same_verdict(desk) -> None:
     assert f"{found} finished parts are taken up" in resumed[2]
     assert timeless(resumed[1]) == timeless(whole)
     assert not list((desk / "edgekit-verdicts").glob(".*"))
+
+
+def test_ctrl_c_keeps_what_is_finished_and_prints_the_command_that_continues(desk) -> None:
+    attacks = ",".join(f"pgd{steps}x3-margin" for steps in range(300, 312))
+    words = ["verify", "net.onnx", "--data", "photos", "--attack", attacks, "--epsilon", "0.5/255"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgekit", *words], cwd=desk, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not list((desk / "edgekit-verdicts").glob(".*/*.safetensors")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said = process.communicate(timeout=60)[1].strip().splitlines()[-1]
+    assert process.returncode == 130
+    assert "finished parts are kept. Continue with: edgekit verify net.onnx" in said
+    again = shlex.split(said.partition("Continue with: edgekit ")[2])
+    assert again == [*words, "--resume"]
+    done = command(*again, cwd=desk)
+    assert done.returncode == 0
+    assert "finished parts are taken up" in done.stderr
 
 
 def timeless(verdict: Any) -> Any:
