@@ -132,7 +132,7 @@ def verify(
         bool, typer.Option("--self-test", help="Plant adversarial examples in a copy, and look whether they are found.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what was interrupted.")] = False,
-    report: Annotated[Path | None, typer.Option(metavar="F.html", help="A copy of the HTML report.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="F.html", help="The HTML report, with curves.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="F.md", help="The verdict for a pull request.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="F.xml", help="The verdict as JUnit XML, for CI.")] = None,
     judge: Annotated[

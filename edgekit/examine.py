@@ -85,6 +85,7 @@ class Examined:
     verdict: ArtifactVerdict
     outcome: Outcome
     answers: Tensor  # (N,) int64, what a freshly opened file says of the adversarial images
+    judged: Classifier  # the file as it was attacked, still open
     float_robust: Tensor | None  # (N,) bool, under all that the file faced; None where no student stands beside it
 
 
@@ -178,7 +179,7 @@ def examine(
         checks_seconds=seconds,
         undecidable=_guessing(subject, clean_right, rules),
     )
-    return Examined(judgement, outcome, replayed.argmax(1), float_robust)
+    return Examined(judgement, outcome, replayed.argmax(1), judged, float_robust)
 
 
 def _float_robust(

@@ -33,11 +33,12 @@ from edgekit.files import digest, sha256, write_text
 from edgekit.foreign import Said
 from edgekit.recipe import read, typed
 from edgekit.report import page
-from edgekit.report.evidence import Evidence, FileEvidence, gather
+from edgekit.report.evidence import Curves, Evidence, FileEvidence, gather
 from edgekit.report.junit import to_xml
 from edgekit.report.markdown import to_markdown
 from edgekit.runs import Run
 from edgekit.statistics import power_sentence
+from edgekit.sweep import sweep
 from edgekit.verdict import ArtifactVerdict, FloatStudent, Rules, Verdict
 
 SAMPLES = 1000
@@ -118,7 +119,8 @@ def verify(
         self_test: also plant adversarial examples in a copy of each file and look whether the attacks find them.
         resume: continue what was interrupted under the same options; from the beginning where there is nothing.
         save_adversarial: an .npz file for the adversarial images (CLI.md).
-        report, markdown, junit: further copies of the report: HTML, Markdown for a pull request, JUnit XML for CI.
+        report: a copy of the HTML report; it then also holds accuracy against epsilon and steps, which takes a while.
+        markdown, junit: the verdict for a pull request, and as JUnit XML for CI.
         judge: "tcp://HOST:PORT" or a command line: the program or device that answers in the place of one file.
         command: what was typed, for the report.
         data: FOLDER/CLASS/* or FOLDER/test/CLASS/*: the photos for an ONNX file that belongs to no run.
@@ -174,7 +176,16 @@ def verify(
         surrogates = {} if source is None else _surrogate(Path(source), assignment)
         archived = stack.enter_context(archive.adversarial(save_adversarial, trial)) if save_adversarial else None
         try:
-            results = _examine_all(assignment, surrogates, trial, rules, notebook, archived, self_test=self_test)
+            results = _examine_all(
+                assignment,
+                surrogates,
+                trial,
+                rules,
+                notebook,
+                archived,
+                self_test=self_test,
+                curves="--report" in copies,
+            )
         except KeyboardInterrupt:
             again = command or "edgekit verify"
             said = again if resume else f"{again} --resume"
@@ -198,6 +209,7 @@ def verify(
     evidence = Evidence(
         tuple(results.files),
         assignment.classes or (),
+        results.float_curves,
         versions=document.machine.runtimes | {"edgekit": document.edgekit, "torch": torch.__version__},
         facts=assignment.facts,
     )
@@ -368,6 +380,7 @@ class _Results:
     """What examining all files gave: verdicts, evidence for the report, and lines of samples.jsonl."""
 
     float_student: FloatStudent | None = None
+    float_curves: Curves = field(default_factory=Curves)
     artifacts: list[ArtifactVerdict] = field(default_factory=list)
     files: list[FileEvidence] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -382,6 +395,7 @@ def _examine_all(
     archived: Callable[[str, Examined], None] | None,
     *,
     self_test: bool,
+    curves: bool,
 ) -> _Results:
     """Examine every file, one after the other."""
     results = _Results()
@@ -404,6 +418,8 @@ def _examine_all(
             own = trial.run(student, sources, watch("float student", len(sources)), notebook.page("float student"))
             results.float_student = _float_student(own, trial, rules)
             beside = Beside(student, own)
+            if curves:
+                results.float_curves = sweep(student, student, trial)
             if bar.disable:
                 say(f"float student: {_percent(own.robust)} robust under its own gradients")
         for entry in assignment.entries:
@@ -423,7 +439,12 @@ def _examine_all(
             if examined.outcome.skipped:
                 say(f"{name}: {', '.join(examined.outcome.skipped)} did not run: no source for it")
             results.artifacts.append(examined.verdict)
-            results.files.append(_evidence(name, trial, beside, examined))
+            seen = _evidence(name, trial, beside, examined)
+            source = subject.twin or student or next(iter(surrogates.values()), None)
+            if curves and source is not None:
+                say(f"{name}: accuracy against epsilon and steps, for the report")
+                seen = replace(seen, curves=sweep(examined.judged, source, trial))
+            results.files.append(seen)
             results.lines += archive.lines(name, trial, None if beside is None else beside.own, examined)
             if archived:
                 archived(name, examined)

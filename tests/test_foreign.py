@@ -402,6 +402,7 @@ def test_the_report_goes_where_it_is_asked_for(desk) -> None:
     page = (desk / "r.html").read_text()
     assert page == (desk / verdict["report"]).read_text()
     assert "edgekit verify" in page and "cat" in page
+    assert page.count("<polyline") + page.count("<path") >= 2  # accuracy against epsilon, and against steps
     assert "` net `" in (desk / "r.md").read_text()
     assert "<testsuite" in (desk / "r.xml").read_text()
 
