@@ -102,7 +102,7 @@ def test_a_file_that_answers_at_random_is_flagged_by_name(net) -> None:
     hidden = noisy(net)
     subject = Subject("f", "onnx", "fp32", "model.onnx", 1, "00", "here", lambda: as_file(hidden))
     trial = Trial(parse("pgd10"), IMAGES, LABELS, INDEX, EPSILON)
-    one = examine(subject, net, trial.run(net, {"float": net}), trial, Rules())
+    one = examine(subject, Beside(net, trial.run(net, {"float": net})), trial, Rules())
     assert {"same_answer_twice", "fooled_replayed"} <= failed(list(one.verdict.checks))
 
 
@@ -185,7 +185,7 @@ def test_a_robust_student_and_its_honest_int8_file_raise_no_flag(cifar, seed: in
         assert failed(list(one.verdict.checks)) == set(), one.verdict.checks
         assert one.verdict.robust_accuracy is not None
         assert 0.2 < one.verdict.robust_accuracy.value < 0.5
-        assert one.check_seconds > 0
+        assert one.verdict.checks_seconds is not None and one.verdict.checks_seconds > 0
 
 
 # The self-test --------------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_replayed_answers_that_are_no_numbers_are_refused(net) -> None:
     subject = Subject("f", "onnx", "fp32", "broken.onnx", 1, "00", "here", lambda: next(opened))
     trial = Trial(parse("fgsm"), IMAGES, LABELS, INDEX, EPSILON)
     with pytest.raises(EdgekitError, match=r"broken\.onnx: .*numbers that are none"):
-        examine(subject, net, trial.run(net, {"float": net}), trial, Rules())
+        examine(subject, Beside(net, trial.run(net, {"float": net})), trial, Rules())
 
 
 # Statistics, and the cost ---------------------------------------------------------------------------------------------

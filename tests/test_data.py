@@ -61,7 +61,7 @@ def test_a_folder_is_decoded_once_and_its_test_images_never_train(tmp_path: Path
     assert len(first.test) == 60
     assert len(first.train) + len(first.validation) + len(first.calibration) == 59
     assert not digests(first.test) & digests(first.train)
-    monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
     again = data.load(spec)
     assert again.sha256 == first.sha256
     assert again.train.images.equal(first.train.images)
@@ -133,7 +133,7 @@ def test_sixteen_bits_become_eight(tmp_path: Path, name: str):
         path.write_bytes(b"P5 8 8 65535\n" + levels.astype(">u2").tobytes())
     else:
         Image.fromarray(levels).save(path)
-    (image,) = data._decode([path], None)
+    (image,) = data.decode([path], None)
     expected = (levels.astype(int) + 128) // 257  # 65535 = 255 * 257
     assert image.numpy().tolist() == [expected.tolist()] * 3
 
@@ -156,7 +156,7 @@ def test_a_camera_may_have_been_held_in_any_way(tmp_path: Path, orientation: int
     about = Image.Exif()
     about[0x0112] = orientation
     Image.fromarray(numpy.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=about)
-    (image,) = data._decode([tmp_path / "a.png"], None)
+    (image,) = data.decode([tmp_path / "a.png"], None)
     expected = upright.astype(int) * 255 / numpy.iinfo(kind).max
     assert numpy.abs(image[0].numpy() - expected).max() <= 0.5
 

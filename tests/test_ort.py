@@ -51,8 +51,8 @@ def test_what_is_no_classifier_of_images_is_one_sentence(tmp_path: Path):
     path = save(tmp_path / "m.onnx", [make_node("ReduceMean", ["x"], ["y"], keepdims=0)])
     with pytest.raises(EdgekitError, match=r"answers scores of shape \(\) to 7 images"):
         Session(path)(PIXELS)
-    path = save(tmp_path / "m.onnx", [make_node("Flatten", ["x"], ["y"])], type=TensorProto.UINT8)
-    with pytest.raises(EdgekitError, match=r"m\.onnx: its input 'x' takes tensor\(uint8\), not floats"):
+    path = save(tmp_path / "m.onnx", [make_node("Flatten", ["x"], ["y"])], type=TensorProto.INT64)
+    with pytest.raises(EdgekitError, match=r"m\.onnx: its input 'x' takes tensor\(int64\), not floats"):
         Session(path)
     with pytest.raises(EdgekitError, match=r"cannot be read \(No such file or directory\)"):
         Session(tmp_path / "none.onnx")

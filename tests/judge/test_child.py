@@ -134,11 +134,11 @@ class SessionOptions:
 class Value:
     name, type, shape = "x", "tensor(float)", ["n", 3, 8, 8]
 class InferenceSession:
-    def __init__(self, data, options, providers):
+    def __init__(self, path, options, providers):
         self.options = options
         os.write(1, b"noise" * 1000)
         print("more of it", flush=True)
-        if data == b"abort": os.write(2, b"corrupted \\x1b[31msize\\n"); os.abort()
+        if open(path, "rb").read() == b"abort": os.write(2, b"corrupted \\x1b[31msize\\n"); os.abort()
     def get_inputs(self): return [Value]
     def get_outputs(self): return [Value]
     def run(self, names, feed):
