@@ -23,7 +23,7 @@ def test_a_torchvision_network(tmp_path: Path, family: str, dynamo: bool) -> Non
     answer = copy(images)
     spread = answer.detach().std().item()
     assert spread > 0.1
-    assert answer.allclose(runtime(path, images), atol=1e-4 * spread, rtol=0)
+    assert answer.allclose(runtime(path, images), atol=3e-4 * spread, rtol=0)  # each is 1e-4 from float64 on Inception
     (mine,) = torch.autograd.grad(answer.logsumexp(1).sum(), images)
     (theirs,) = torch.autograd.grad(network(images).logsumexp(1).sum(), images)
     difference = (mine - theirs).flatten(1).norm(dim=1) / theirs.flatten(1).norm(dim=1)
