@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Assignment:
     student: Classifier | None = None
     classes: tuple[str, ...] | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    port: foreign.Port | None = None  # how a file of no run is fed and read
 
 
 def verify(
@@ -225,11 +226,15 @@ def _copies(asked: dict[str, str | Path | None]) -> dict[str, Path]:
 
 def _key(assignment: Assignment, trial: Trial, source: str | Path | None, judge: str | None) -> str:
     """A digest of all that a finished part of an attack depends on."""
+    images, labels = (part.numpy().tobytes() for part in (assignment.split.images, trial.labels))
     return digest(
+        images,
+        labels,
         json.dumps(
             {
                 "edgekit": __version__,
-                "torch": torch.__version__,
+                "machine": judges.machine_block(),
+                "port": None if assignment.port is None else asdict(assignment.port),
                 "files": [[entry.about["name"], entry.about["sha256"]] for entry in assignment.entries],
                 "facts": assignment.facts,
                 "data": assignment.data.sha256,
@@ -238,12 +243,19 @@ def _key(assignment: Assignment, trial: Trial, source: str | Path | None, judge:
                 "ball": [trial.norm, trial.epsilon, trial.grid],
                 "seed": trial.seed,
                 "threads": assignment.threads,
-                "source": None if source is None else sha256(Path(source)) if Path(source).is_file() else str(source),
+                "source": None if source is None else _fingerprint(Path(source)),
                 "judge": judge,
             },
             sort_keys=True,
-        )
+        ),
     )
+
+
+def _fingerprint(source: Path) -> str:
+    """A digest of the model of --source, its weights included where they lie beside it."""
+    if source.suffix == ".safetensors" and source.is_file():
+        return sha256(source)
+    return foreign.fingerprint(source, foreign.external(foreign.read(source)))
 
 
 def _judged_by(assignment: Assignment, address: str) -> Assignment:
@@ -328,6 +340,7 @@ def _of_file(
         threads=threads,
         verdicts=OWN_VERDICTS,
         classes=port.names,
+        port=port,
     )
 
 

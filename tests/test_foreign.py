@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from edgekit import foreign
+from edgekit import archive, foreign, verifier
 from edgekit.errors import EdgekitError
 from edgekit.foreign import Ported, Said
 from edgekit.formats import onnx as runtime
@@ -330,6 +330,19 @@ def test_a_file_of_no_run_is_measured_and_its_verdict_is_kept(desk) -> None:
     assert json.loads((kept / "verdict.json").read_text()) == verdict
     assert len((kept / "samples.jsonl").read_text().splitlines()) == 60
     assert verify(desk, "--data", "photos", "--attack", "fgsm", "--epsilon", "2/255")[1]["looks"] == 2
+
+
+def test_a_resume_takes_up_nothing_that_was_made_with_another_input(desk, monkeypatch) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    words: dict[str, Any] = {"data": "photos", "attack": "pgd5", "epsilon": "2/255", "std": "0.5"}
+    fresh = verifier.verify("net.onnx", mean="0.1", **words)["artifacts"][0]["robust_accuracy"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(archive, "keep", killed)
+        verifier.verify("net.onnx", mean="0.9", **words)
+    resumed = verifier.verify("net.onnx", mean="0.1", resume=True, **words)["artifacts"][0]["robust_accuracy"]
+    assert resumed == fresh
 
 
 @pytest.mark.parametrize(("floor", "code", "word"), [(1, 0, "survived"), (99, 1, "lost")])
