@@ -21,7 +21,7 @@ from edgekit import judge as judges
 from edgekit.archive import Notebook
 from edgekit.artifact import Artifact
 from edgekit.attacks import Attack, parse
-from edgekit.attacks.campaign import Outcome
+from edgekit.attacks.campaign import SCORES, TOGETHER, Outcome
 from edgekit.checks import share
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
@@ -350,7 +350,10 @@ def _few(split: Split, samples: int | None) -> None:
 
 
 def _surrogate(path: Path, assignment: Assignment) -> dict[str, Classifier]:
-    """The model of --source by its file's name: another network whose gradients the attacks follow too."""
+    """The model of --source by its file's name: another network whose gradients the attacks follow too.
+
+    A file called float.onnx must not take the place of the float student, nor twin.onnx that of the twin.
+    """
     if path.suffix == ".safetensors":
         network = models.load(path).requires_grad_(False).to(memory_format=torch.channels_last)
     else:
@@ -367,7 +370,8 @@ def _surrogate(path: Path, assignment: Assignment) -> dict[str, Classifier]:
         raise EdgekitError(
             f"does not take these images ({str(error).splitlines()[0][:120]})", where=f"--source {path}"
         ) from None
-    return {path.stem: network}
+    name = path.stem.replace(TOGETHER, "-")
+    return {path.name if name in ("float", "twin", SCORES) else name: network}
 
 
 @dataclass

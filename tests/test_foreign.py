@@ -352,11 +352,13 @@ def test_a_floor_makes_it_a_verdict(desk, floor, code, word) -> None:
     assert (found, verdict["verdict"]) == (code, word)
 
 
-def test_another_model_lends_its_gradients(desk) -> None:
-    file(desk / "other.onnx")
-    words = ("--data", "photos", "--attack", "pgd5", "--epsilon", "2/255")
-    _, verdict, _ = verify(desk, *words, "--source", "other.onnx")
-    assert set(verdict["artifacts"][0]["attacks"][0]["sources"]) == {"twin", "other"}
+@pytest.mark.parametrize(
+    ("name", "called"), [("other", "other"), ("twin", "twin.onnx"), ("scores", "scores.onnx"), ("twin+x", "twin-x")]
+)
+def test_another_model_lends_its_gradients_and_takes_the_place_of_no_other(desk, name, called) -> None:
+    file(desk / f"{name}.onnx")
+    document = verifier.verify("net.onnx", data="photos", attack="pgd5", epsilon="2/255", source=desk / f"{name}.onnx")
+    assert set(document["artifacts"][0]["attacks"][0]["sources"]) == {"twin", called}
 
 
 def test_a_file_that_only_guesses_is_not_decided(desk) -> None:
