@@ -396,7 +396,10 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Photos:
-    """A draw from a folder of photos: images (N, C, H, W) uint8, labels (N,) as the file numbers them, index (N,)."""
+    """A draw from a folder of photos: images (N, C, H, W) uint8, labels (N,) as the file numbers them, index (N,).
+
+    `sha256` covers the bytes and the names of all its photos, whichever were drawn.
+    """
 
     split: Split
     name: str
@@ -430,9 +433,8 @@ def photos(folder: Path, port: Port, classes: int, said: Said, samples: int, see
     chosen = data.stratified(labels, samples, seed)
     tell(port, names, named)
     images = _as_taken(data.decode([paths[i] for i in chosen.tolist()], _size(port, said), _MEND), port, paths[0])
-    total = digest(
-        json.dumps([names, places, list(images.shape)]), images.numpy().tobytes(), labels[chosen].numpy().tobytes()
-    )
+    # Of all photos, not of those drawn: another seed or number of samples is another look at the same data.
+    total = digest(*(part for path in paths for part in (str(path.relative_to(root)), sha256(path))))
     return Photos(Split(images, labels[chosen], chosen), folder.resolve().name, total)
 
 
