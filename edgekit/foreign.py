@@ -478,12 +478,12 @@ def _as_taken(images: Tensor, port: Port, first: Path) -> Tensor:
 def _class_names(file: Path | None, metadata: Mapping[str, str]) -> tuple[str, ...] | None:
     """From the user's file, else from the metadata: a list, or a mapping from number to name, as JSON or Python."""
     if file is not None:
+        if not file.is_file():
+            raise EdgekitError("there is no such file", where=f"--classes {file}")
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise EdgekitError("not a text file of class names", where=f"--classes {file}") from None
-        except FileNotFoundError:
-            raise EdgekitError("there is no such file", where=f"--classes {file}") from None
         names = _listed(text) or tuple(line.strip() for line in text.splitlines() if line.strip())
         if len(names) < 2:
             raise EdgekitError("there are not two class names in it", where=f"--classes {file}")
@@ -531,7 +531,8 @@ def matched(folders: Sequence[str], names: Sequence[str] | None, classes: int) -
 
 def _canonical(name: str) -> str:
     text = re.sub(r"[\s_-]+", " ", name.strip().casefold())
-    return str(int(text)) if text.isascii() and text.isdigit() else text
+    # Not through int(), which refuses thousands of digits with an error of its own.
+    return text.lstrip("0") or "0" if text.isascii() and text.isdigit() else text
 
 
 def tell(port: Port, folders: Sequence[str], named: bool) -> None:

@@ -266,6 +266,7 @@ def test_a_torchscript_file_from_elsewhere_is_code_and_is_not_opened(tmp_path) -
         (["cat", "bee"], CLASSES, [0, 1], False),
         (["090", "7"], ["7", "90", "x"], [1, 0], True),
         (["a", "b"], None, [0, 1], False),
+        (["0", "7"], ["007", "000", "1" * 5000], [1, 0], True),
         (["sea_lion", "x"], ["x", "Sea lion", "y"], [1, 0], True),
     ],
 )
@@ -386,6 +387,9 @@ def test_bad_photos_and_options_are_one_sentence(desk) -> None:
         (("--data", "big"), "the image is 12 x 9 pixels, the file takes 8 x 8. Say --resize"),
         (("--data", "photos", "--size", "9"), "the file takes 8 x 8 pixels and nothing else"),
         (("--data", "photos", "--classes", "none.txt"), "--classes none.txt: there is no such file"),
+        (("--data", "photos", "--classes", "photos"), "--classes photos: there is no such file"),
+        (("--data", "photos", "--save-adversarial", "net.onnx/x.npz"), "net.onnx/x.npz: its folder is not there"),
+        (("--data", "photos", "--report", "x" * 300), "File name too long"),
         (("--data", "photos", "--source", "none.onnx"), "none.onnx: there is no such file"),
     ):
         code, verdict, said = verify(desk, "--attack", "fgsm", *words)
