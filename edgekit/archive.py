@@ -144,6 +144,8 @@ def adversarial(path: str | Path, trial: Trial) -> Iterator[Callable[[str, Exami
     path = Path(path)
     if path.is_dir():
         raise EdgekitError("this is a folder, not a file", where=f"--save-adversarial {path}")
+    if not path.parent.is_dir():
+        raise EdgekitError("its folder is not there", where=f"--save-adversarial {path}")
     with writing(path) as part, zipfile.ZipFile(part, "w") as archive:
 
         def put(name: str, value: Any) -> None:

@@ -286,7 +286,9 @@ def climb(evidence: Evidence, chosen: Tensor, loss: str, steps: int) -> tuple[Te
         values.append(value.detach())
         x = space.project(x.detach() + epsilon / 10 * space.steepest(slope(value, x)), images, epsilon)
         if (steps - 1 - step) % JUDGED == 0:
-            fooled |= predict(evidence.judge, x).argmax(1) != labels
+            # Of a radius that is no whole number of levels the grid holds less: what lies beyond was never allowed.
+            shown = Grid(evidence.judge, epsilon, evidence.norm).deliver(x, images) if evidence.grid else x
+            fooled |= predict(evidence.judge, shown).argmax(1) != labels
     values.append(objective(predict(source, x), labels))
     return torch.stack(values), fooled
 

@@ -12,7 +12,7 @@ import typer
 
 from edgekit import __version__
 from edgekit.console import console, say
-from edgekit.errors import ENVIRONMENT, EdgekitError, printable
+from edgekit.errors import BAD_INPUT, ENVIRONMENT, EdgekitError, printable
 
 app = typer.Typer(
     help="Distil a robust image classifier, export it, and prove that its robustness arrived.",
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 
 _FILE = "For a FILE that edgekit did not write"
+# What the system says of a path that cannot be one, whatever option it stood behind.
+_NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
 
 
@@ -291,9 +293,10 @@ def main() -> None:
     except MemoryError:
         _leave("out of memory", ENVIRONMENT)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in (*_NO_PATH, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        _leave(f"{error.filename or 'the disk'}: {error.strerror}", ENVIRONMENT)
+        code = BAD_INPUT if error.errno in _NO_PATH else ENVIRONMENT
+        _leave(f"{error.filename or 'the disk'}: {error.strerror}", code)
     except Exception as error:
         if (shown := getattr(error, "format_message", None)) is None:
             raise

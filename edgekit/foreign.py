@@ -396,7 +396,10 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Photos:
-    """A draw from a folder of photos: images (N, C, H, W) uint8, labels (N,) as the file numbers them, index (N,)."""
+    """A draw from a folder of photos: images (N, C, H, W) uint8, labels (N,) as the file numbers them, index (N,).
+
+    `sha256` covers the bytes and the names of all its photos, whichever were drawn.
+    """
 
     split: Split
     name: str
@@ -430,9 +433,8 @@ def photos(folder: Path, port: Port, classes: int, said: Said, samples: int, see
     chosen = data.stratified(labels, samples, seed)
     tell(port, names, named)
     images = _as_taken(data.decode([paths[i] for i in chosen.tolist()], _size(port, said), _MEND), port, paths[0])
-    total = digest(
-        json.dumps([names, places, list(images.shape)]), images.numpy().tobytes(), labels[chosen].numpy().tobytes()
-    )
+    # Of all photos, not of those drawn: another seed or number of samples is another look at the same data.
+    total = digest(*(part for path in paths for part in (str(path.relative_to(root)), sha256(path))))
     return Photos(Split(images, labels[chosen], chosen), folder.resolve().name, total)
 
 
@@ -476,12 +478,12 @@ def _as_taken(images: Tensor, port: Port, first: Path) -> Tensor:
 def _class_names(file: Path | None, metadata: Mapping[str, str]) -> tuple[str, ...] | None:
     """From the user's file, else from the metadata: a list, or a mapping from number to name, as JSON or Python."""
     if file is not None:
+        if not file.is_file():
+            raise EdgekitError("there is no such file", where=f"--classes {file}")
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise EdgekitError("not a text file of class names", where=f"--classes {file}") from None
-        except FileNotFoundError:
-            raise EdgekitError("there is no such file", where=f"--classes {file}") from None
         names = _listed(text) or tuple(line.strip() for line in text.splitlines() if line.strip())
         if len(names) < 2:
             raise EdgekitError("there are not two class names in it", where=f"--classes {file}")
@@ -529,7 +531,8 @@ def matched(folders: Sequence[str], names: Sequence[str] | None, classes: int) -
 
 def _canonical(name: str) -> str:
     text = re.sub(r"[\s_-]+", " ", name.strip().casefold())
-    return str(int(text)) if text.isascii() and text.isdigit() else text
+    # Not through int(), which refuses thousands of digits with an error of its own.
+    return text.lstrip("0") or "0" if text.isascii() and text.isdigit() else text
 
 
 def tell(port: Port, folders: Sequence[str], named: bool) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from edgekit import judge as judges
 from edgekit.archive import Notebook
 from edgekit.artifact import Artifact
 from edgekit.attacks import Attack, parse
-from edgekit.attacks.campaign import Outcome
+from edgekit.attacks.campaign import SCORES, TOGETHER, Outcome
 from edgekit.checks import share
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
@@ -70,6 +70,7 @@ class Assignment:
     student: Classifier | None = None
     classes: tuple[str, ...] | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    port: foreign.Port | None = None  # how a file of no run is fed and read
 
 
 def verify(
@@ -243,11 +244,15 @@ def _copies(asked: dict[str, str | Path | None]) -> dict[str, Path]:
 
 def _key(assignment: Assignment, trial: Trial, source: str | Path | None, judge: str | None) -> str:
     """A digest of all that a finished part of an attack depends on."""
+    images, labels = (part.numpy().tobytes() for part in (assignment.split.images, trial.labels))
     return digest(
+        images,
+        labels,
         json.dumps(
             {
                 "edgekit": __version__,
-                "torch": torch.__version__,
+                "machine": judges.machine_block(),
+                "port": None if assignment.port is None else asdict(assignment.port),
                 "files": [[entry.about["name"], entry.about["sha256"]] for entry in assignment.entries],
                 "facts": assignment.facts,
                 "data": assignment.data.sha256,
@@ -256,12 +261,19 @@ def _key(assignment: Assignment, trial: Trial, source: str | Path | None, judge:
                 "ball": [trial.norm, trial.epsilon, trial.grid],
                 "seed": trial.seed,
                 "threads": assignment.threads,
-                "source": None if source is None else sha256(Path(source)) if Path(source).is_file() else str(source),
+                "source": None if source is None else _fingerprint(Path(source)),
                 "judge": judge,
             },
             sort_keys=True,
-        )
+        ),
     )
+
+
+def _fingerprint(source: Path) -> str:
+    """A digest of the model of --source, its weights included where they lie beside it."""
+    if source.suffix == ".safetensors" and source.is_file():
+        return sha256(source)
+    return foreign.fingerprint(source, foreign.external(foreign.read(source)))
 
 
 def _judged_by(assignment: Assignment, address: str) -> Assignment:
@@ -346,6 +358,7 @@ def _of_file(
         threads=threads,
         verdicts=OWN_VERDICTS,
         classes=port.names,
+        port=port,
     )
 
 
@@ -355,7 +368,10 @@ def _few(split: Split, samples: int | None) -> None:
 
 
 def _surrogate(path: Path, assignment: Assignment) -> dict[str, Classifier]:
-    """The model of --source by its file's name: another network whose gradients the attacks follow too."""
+    """The model of --source by its file's name: another network whose gradients the attacks follow too.
+
+    A file called float.onnx must not take the place of the float student, nor twin.onnx that of the twin.
+    """
     if path.suffix == ".safetensors":
         network = models.load(path).requires_grad_(False).to(memory_format=torch.channels_last)
     else:
@@ -372,7 +388,8 @@ def _surrogate(path: Path, assignment: Assignment) -> dict[str, Classifier]:
         raise EdgekitError(
             f"does not take these images ({str(error).splitlines()[0][:120]})", where=f"--source {path}"
         ) from None
-    return {path.stem: network}
+    name = path.stem.replace(TOGETHER, "-")
+    return {path.name if name in ("float", "twin", SCORES) else name: network}
 
 
 @dataclass

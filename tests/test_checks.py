@@ -69,6 +69,24 @@ def net() -> Classifier:
     return trained("convolutional", robust=True)
 
 
+def test_what_no_camera_delivers_is_not_held_against_a_suite_on_the_grid() -> None:
+    # Names the brightest colour. Within 0.9/255 the grid holds the image alone, between its points a third is fooled.
+    brightest = Wrapped(lambda images: 20 * images.mean((2, 3)), differentiable=True)
+    draw, epsilon, index = torch.Generator().manual_seed(0), 0.9 / 255, torch.arange(300)
+    levels = torch.randint(-6, 7, (300, 3, 1, 1), generator=draw) + torch.randint(-3, 4, (300, 3, 8, 8), generator=draw)
+    images = (128 + levels) / 255
+    labels, suite = brightest(images).argmax(1), parse("pgd20")
+    found = {}
+    for grid in (False, True):
+        outcome = confront(
+            brightest, {"twin": brightest}, suite, images, labels, index, seed=0, epsilon=epsilon, grid=grid
+        )
+        found[grid] = outcome.robust.float().mean().item()
+        seen = Evidence(brightest, {"twin": brightest}, suite, images, labels, index, epsilon, 0, outcome, grid=grid)
+        assert not failed(scrutinize(seen))
+    assert found[False] < 0.8 < found[True] == 1
+
+
 # Masked models --------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from edgekit import foreign
+from edgekit import archive, foreign, verifier
 from edgekit.errors import EdgekitError
 from edgekit.foreign import Ported, Said
 from edgekit.formats import onnx as runtime
@@ -274,6 +274,7 @@ def test_a_torchscript_file_from_elsewhere_is_code_and_is_not_opened(tmp_path) -
         (["cat", "bee"], CLASSES, [0, 1], False),
         (["090", "7"], ["7", "90", "x"], [1, 0], True),
         (["a", "b"], None, [0, 1], False),
+        (["0", "7"], ["007", "000", "1" * 5000], [1, 0], True),
         (["sea_lion", "x"], ["x", "Sea lion", "y"], [1, 0], True),
     ],
 )
@@ -337,7 +338,21 @@ def test_a_file_of_no_run_is_measured_and_its_verdict_is_kept(desk) -> None:
     kept = desk / "edgekit-verdicts" / "1"
     assert json.loads((kept / "verdict.json").read_text()) == verdict
     assert len((kept / "samples.jsonl").read_text().splitlines()) == 60
-    assert verify(desk, "--data", "photos", "--attack", "fgsm", "--epsilon", "2/255")[1]["looks"] == 2
+    again = ("--data", "photos", "--attack", "fgsm", "--epsilon", "2/255", "--seed", "1", "--samples", "30")
+    assert verify(desk, *again)[1]["looks"] == 2
+
+
+def test_a_resume_takes_up_nothing_that_was_made_with_another_input(desk, monkeypatch) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    words: dict[str, Any] = {"data": "photos", "attack": "pgd5", "epsilon": "2/255", "std": "0.5"}
+    fresh = verifier.verify("net.onnx", mean="0.1", **words)["artifacts"][0]["robust_accuracy"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(archive, "keep", killed)
+        verifier.verify("net.onnx", mean="0.9", **words)
+    resumed = verifier.verify("net.onnx", mean="0.1", resume=True, **words)["artifacts"][0]["robust_accuracy"]
+    assert resumed == fresh
 
 
 @pytest.mark.parametrize(("floor", "code", "word"), [(1, 0, "survived"), (99, 1, "lost")])
@@ -347,11 +362,13 @@ def test_a_floor_makes_it_a_verdict(desk, floor, code, word) -> None:
     assert (found, verdict["verdict"]) == (code, word)
 
 
-def test_another_model_lends_its_gradients(desk) -> None:
-    file(desk / "other.onnx")
-    words = ("--data", "photos", "--attack", "pgd5", "--epsilon", "2/255")
-    _, verdict, _ = verify(desk, *words, "--source", "other.onnx")
-    assert set(verdict["artifacts"][0]["attacks"][0]["sources"]) == {"twin", "other"}
+@pytest.mark.parametrize(
+    ("name", "called"), [("other", "other"), ("twin", "twin.onnx"), ("scores", "scores.onnx"), ("twin+x", "twin-x")]
+)
+def test_another_model_lends_its_gradients_and_takes_the_place_of_no_other(desk, name, called) -> None:
+    file(desk / f"{name}.onnx")
+    document = verifier.verify("net.onnx", data="photos", attack="pgd5", epsilon="2/255", source=desk / f"{name}.onnx")
+    assert set(document["artifacts"][0]["attacks"][0]["sources"]) == {"twin", called}
 
 
 def test_a_file_that_only_guesses_is_not_decided(desk) -> None:
@@ -378,6 +395,9 @@ def test_bad_photos_and_options_are_one_sentence(desk) -> None:
         (("--data", "big"), "the image is 12 x 9 pixels, the file takes 8 x 8. Say --resize"),
         (("--data", "photos", "--size", "9"), "the file takes 8 x 8 pixels and nothing else"),
         (("--data", "photos", "--classes", "none.txt"), "--classes none.txt: there is no such file"),
+        (("--data", "photos", "--classes", "photos"), "--classes photos: there is no such file"),
+        (("--data", "photos", "--save-adversarial", "net.onnx/x.npz"), "net.onnx/x.npz: its folder is not there"),
+        (("--data", "photos", "--report", "x" * 300), "File name too long"),
         (("--data", "photos", "--source", "none.onnx"), "none.onnx: there is no such file"),
     ):
         code, verdict, said = verify(desk, "--attack", "fgsm", *words)

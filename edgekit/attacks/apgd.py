@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from edgekit.attacks.losses import LOSSES, Loss, aim, targeted_dlr
+from edgekit.attacks.losses import LOSSES, Loss, aim, towards
 from edgekit.attacks.norms import NORMS, Norm, slope
 from edgekit.attacks.search import Search
 from edgekit.attacks.targets import likeliest
@@ -61,6 +61,8 @@ def targeted(
 ) -> tuple[Tensor, Tensor]:
     """The same on the targeted difference of logits ratio, towards one wrong class after the other.
 
+    With two or three classes it is the plain difference: what the ratio divides by takes a fourth.
+
     Args:
         seeds: where sample i starts, anew for each target. None starts at the image.
         steps: number of steps for each target, at least 1.
@@ -68,13 +70,13 @@ def targeted(
             where there are no more.
 
     Raises:
-        EdgekitError: there are fewer than four classes, or `norm` is not in NORMS.
+        EdgekitError: `norm` is not in NORMS.
     """
     space, search = choose(NORMS, norm, "norm"), Search(judge, images, labels)
     for rank, target in enumerate(likeliest(source, images, labels, targets)):
         start = images if seeds is None else space.start(derive(rank, samples=seeds), images, epsilon)
         pairs = torch.stack([labels, target], 1)
-        climb(search, source, judge, targeted_dlr, pairs, start, epsilon, steps, space)
+        climb(search, source, judge, towards, pairs, start, epsilon, steps, space)
     return search.result
 
 

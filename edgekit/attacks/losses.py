@@ -58,6 +58,14 @@ def targeted_dlr(logits: Tensor, pairs: Tensor) -> Tensor:
     return (target - true) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
 
 
+def towards(logits: Tensor, pairs: Tensor) -> Tensor:
+    """`targeted_dlr`; its numerator alone where fewer than four classes leave nothing to divide by."""
+    if logits.shape[1] >= 4:
+        return targeted_dlr(logits, pairs)
+    true, target = logits.gather(1, pairs).unbind(1)
+    return target - true
+
+
 def kl(logits: Tensor, clean: Tensor) -> Tensor:
     """KL(clean || now) (N,) in nats of `logits` (N, K) against `clean` (N, K), the log-probabilities of clean images.
 

@@ -131,6 +131,22 @@ def test_dlr_needs_three_classes() -> None:
         apgd(two, two, images, two(images).argmax(1), seeds=None, loss="dlr")
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_two_or_three_classes_are_enough_for_the_suites(classes) -> None:
+    weight = torch.linspace(-1, 1, classes * 12).view(12, classes).sin()
+    net = Wrapped(lambda batch: (batch.flatten(1) - 0.5) @ weight, differentiable=True)
+    images = 0.4 + 0.2 * torch.rand(200, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    labels = net(images).argmax(1)
+    # The nearest border, by Hoelder's inequality.
+    gaps = (net(images).gather(1, labels[:, None]) - net(images)) / (
+        weight.T[labels][:, None] - weight.T[None]
+    ).abs().sum(2)
+    distance = gaps.nan_to_num(torch.inf).scatter(1, labels[:, None], torch.inf).amin(1)
+    epsilon = 1.001 * distance.median().item()
+    _, fooled = targeted(net, net, images, labels, seeds=SEEDS[:200], epsilon=epsilon, steps=10)
+    assert fooled.equal(distance < epsilon)
+
+
 def test_wrong_classes_come_from_the_likeliest_downwards_and_without_the_true_one() -> None:
     logits = torch.tensor([[5.0, 1.0, 3.0], [5.0, 1.0, 3.0]])
     source = Wrapped(lambda images: logits, differentiable=True)
