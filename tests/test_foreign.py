@@ -1,6 +1,7 @@
 """ONNX files from elsewhere, built operator by operator, held against the same network in torch."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -397,6 +398,20 @@ def test_bad_photos_and_options_are_one_sentence(desk) -> None:
         assert sentence in said
         assert "Traceback" not in said
     assert not (desk / "edgekit-verdicts").exists()
+
+
+def test_names_that_are_no_utf8_do_no_harm(desk) -> None:
+    strange = os.fsdecode(b"\xff")
+    (desk / "photos").rename(desk / strange)
+    (desk / strange / "cat").rename(desk / strange / f"cat{strange}")
+    photo = next((desk / strange / "dog").iterdir())
+    photo.rename(photo.with_name(f"{strange}.png"))
+    code, verdict, said = verify(desk, "--data", strange, "--attack", "fgsm")
+    assert (code, verdict["data"]["name"]) in ((0, r"\xff"), (3, r"\xff")), said
+    (desk / "net.onnx").rename(desk / f"net{strange}.onnx")
+    done = command("verify", desk / f"net{strange}.onnx", "--data", strange, cwd=desk)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert r"net\xff.onnx: the name is no UTF-8" in done.stderr
 
 
 def test_photos_of_another_size_are_resized_when_asked(desk) -> None:
