@@ -171,6 +171,7 @@ def verify(
     if resume:
         say(f"{notebook.parts} finished parts are taken up" if notebook.parts else "There is nothing to continue.")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_told_how_to_continue(command if resume else f"{command} --resume"))
         stack.enter_context(_torch_threads(assignment.threads))
         surrogates = {} if source is None else _surrogate(Path(source), assignment)
         archived = stack.enter_context(archive.adversarial(save_adversarial, trial)) if save_adversarial else None
@@ -566,6 +567,16 @@ def _subject(run: Run, one: Artifact, threads: int) -> Subject:
     first = [opener()]  # a missing runtime shows here, before anything is attacked
     opened = lambda: first.pop() if first else opener()  # noqa: E731
     return Subject(**_about(run, one), judged_on=judges.judged_on(one.format), open=opened, twin=copy)
+
+
+@contextlib.contextmanager
+def _told_how_to_continue(command: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if command.startswith("edgekit "):
+            say(f"Interrupted. Continue with: {command}")
+        raise
 
 
 @contextlib.contextmanager

@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -412,6 +416,21 @@ def test_names_that_are_no_utf8_do_no_harm(desk) -> None:
     done = command("verify", desk / f"net{strange}.onnx", "--data", strange, cwd=desk)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert r"net\xff.onnx: the name is no UTF-8" in done.stderr
+
+
+def test_an_interrupted_verify_says_how_it_goes_on(desk) -> None:
+    words = ["verify", "net.onnx", "--data", "photos", "--attack", "fgsm,pgd10000x100", "--epsilon", "0.00001"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "edgekit", *words], cwd=desk, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 100
+    while not list(desk.glob("edgekit-verdicts/.unfinished-*/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    out, said = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, "")
+    assert f"Continue with: edgekit {' '.join(words)} --resume" in said
+    assert "Traceback" not in said
 
 
 def test_photos_of_another_size_are_resized_when_asked(desk) -> None:
