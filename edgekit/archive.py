@@ -26,7 +26,7 @@ def looks(verdicts: Path, digests: Sequence[str], data_sha256: str) -> int:
     most = 0
     earlier: list[Verdict] = []
     for path in sorted(verdicts.glob("*/verdict.json")):
-        with contextlib.suppress(EdgekitError, ValueError, OSError):  # a damaged one cannot be counted
+        with contextlib.suppress(EdgekitError, ValueError, OSError, RecursionError):  # a damaged one cannot be counted
             earlier.append(verdict.from_dict(json.loads(path.read_text(encoding="utf-8")), where=path))
     for sha256 in digests:
         judged = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgekit import checks, verdict
 from edgekit.attacks import Attack
-from edgekit.attacks.campaign import CHUNK, Memory, Outcome, confront, followed
+from edgekit.attacks.campaign import CHUNK, SCORES, Memory, Outcome, confront, followed
 from edgekit.checks import alike, share
 from edgekit.classifier import Classifier, Wrapped, predict
 from edgekit.errors import EdgekitError
@@ -179,6 +179,8 @@ def examine(
         checks_seconds=seconds,
         undecidable=_guessing(subject, clean_right, rules),
     )
+    if not any(source != SCORES for _, source in outcome.fooled):
+        judgement = replace(judgement, why=f"{judgement.why}; it rests on its scores alone, no gradients were followed")
     return Examined(judgement, outcome, replayed.argmax(1), judged, float_robust)
 
 

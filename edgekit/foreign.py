@@ -6,6 +6,7 @@ numbers their classes as the file does. What neither the file nor an option says
 
 import ast
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -143,6 +144,8 @@ def read(path: Path) -> "ModelProto":
 
     if not path.is_file():
         raise EdgekitError("there is no such file", where=path)
+    if _utf8(path) != str(path):  # the libraries below refuse it, each in words of its own
+        raise EdgekitError("the name is no UTF-8", where=_utf8(path), mend="Rename the file or its folder")
     if path.suffix in (".pt", ".ptl", ".pth", ".torchscript"):
         raise EdgekitError(
             "TorchScript and pickles are code, and this file is not part of a run of edgekit's own",
@@ -387,6 +390,11 @@ def _ends_in_softmax(model: "ModelProto", output: str) -> bool:
     return node is not None and node.op_type == "Softmax"
 
 
+def _utf8(name: str | Path) -> str:
+    """A file's name, with bytes that are no UTF-8 shown as escapes: no JSON document could hold them."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -434,8 +442,8 @@ def photos(folder: Path, port: Port, classes: int, said: Said, samples: int, see
     tell(port, names, named)
     images = _as_taken(data.decode([paths[i] for i in chosen.tolist()], _size(port, said), _MEND), port, paths[0])
     # Of all photos, not of those drawn: another seed or number of samples is another look at the same data.
-    total = digest(*(part for path in paths for part in (str(path.relative_to(root)), sha256(path))))
-    return Photos(Split(images, labels[chosen], chosen), folder.resolve().name, total)
+    total = digest(*(part for path in paths for part in (os.fsencode(path.relative_to(root)), sha256(path))))
+    return Photos(Split(images, labels[chosen], chosen), _utf8(folder.resolve().name), total)
 
 
 _MEND = "Say --resize to crop and resize them, and --size N where the file takes any size"

@@ -173,25 +173,13 @@ def verify(
     if resume:
         say(f"{notebook.parts} finished parts are taken up" if notebook.parts else "There is nothing to continue.")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_kept(notebook, command if resume else f"{command} --resume"))
         stack.enter_context(_torch_threads(assignment.threads))
         surrogates = {} if source is None else _surrogate(Path(source), assignment)
         archived = stack.enter_context(archive.adversarial(save_adversarial, trial)) if save_adversarial else None
-        try:
-            results = _examine_all(
-                assignment,
-                surrogates,
-                trial,
-                rules,
-                notebook,
-                archived,
-                self_test=self_test,
-                curves="--report" in copies,
-            )
-        except KeyboardInterrupt:
-            again = command or "edgekit verify"
-            said = again if resume else f"{again} --resume"
-            say(f"Interrupted; {notebook.parts} finished parts are kept. Continue with: {said}")
-            raise
+        results = _examine_all(
+            assignment, surrogates, trial, rules, notebook, archived, self_test=self_test, curves="--report" in copies
+        )
         document = verdict.summarize(
             rules,
             results.artifacts,
@@ -593,6 +581,21 @@ def _subject(run: Run, one: Artifact, threads: int) -> Subject:
     first = [opener()]  # a missing runtime shows here, before anything is attacked
     opened = lambda: first.pop() if first else opener()  # noqa: E731
     return Subject(**_about(run, one), judged_on=judges.judged_on(one.format), open=opened, twin=copy)
+
+
+@contextlib.contextmanager
+def _kept(notebook: Notebook, command: str) -> Iterator[None]:
+    """Finished parts outlive an interruption and a full disk, and not an input that will be refused again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if command.startswith("edgekit "):
+            say(f"Interrupted; {notebook.parts} finished parts are kept. Continue with: {command}")
+        raise
+    except EdgekitError as error:
+        if error.exit_code != ENVIRONMENT:
+            notebook.close()
+        raise
 
 
 @contextlib.contextmanager

@@ -404,7 +404,21 @@ def test_bad_photos_and_options_are_one_sentence(desk) -> None:
         assert (code, verdict) == (2, {}), words
         assert sentence in said
         assert "Traceback" not in said
-    assert not (desk / "edgekit-verdicts").exists()
+    assert not list(desk.glob("edgekit-verdicts/*"))
+
+
+def test_names_that_are_no_utf8_do_no_harm(desk) -> None:
+    strange = os.fsdecode(b"\xff")
+    (desk / "photos").rename(desk / strange)
+    (desk / strange / "cat").rename(desk / strange / f"cat{strange}")
+    photo = next((desk / strange / "dog").iterdir())
+    photo.rename(photo.with_name(f"{strange}.png"))
+    code, verdict, said = verify(desk, "--data", strange, "--attack", "fgsm")
+    assert (code, verdict["data"]["name"]) in ((0, r"\xff"), (3, r"\xff")), said
+    (desk / "net.onnx").rename(desk / f"net{strange}.onnx")
+    done = command("verify", desk / f"net{strange}.onnx", "--data", strange, cwd=desk)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert r"net\xff.onnx: the name is no UTF-8" in done.stderr
 
 
 def test_photos_of_another_size_are_resized_when_asked(desk) -> None:
@@ -522,3 +536,23 @@ def timeless(verdict: Any) -> Any:
     if isinstance(verdict, dict):
         return {key: timeless(value) for key, value in verdict.items() if not key.endswith("seconds")}
     return [timeless(item) for item in verdict] if isinstance(verdict, list) else verdict
+
+
+def test_a_verdict_without_gradients_says_so_and_an_old_damaged_one_is_passed_over(desk) -> None:
+    (desk / "edgekit-verdicts" / "1").mkdir(parents=True)
+    (desk / "edgekit-verdicts" / "1" / "verdict.json").write_text("[" * 100_000)
+    code, verdict, _ = verify(desk, "--data", "photos", "--attack", "square300", "--epsilon", "2/255")
+    assert (code, verdict["looks"], verdict["report"]) == (0, 1, "edgekit-verdicts/2/report.html")
+    assert "it rests on its scores alone" in verdict["artifacts"][0]["why"]
+
+
+def test_a_refused_file_leaves_no_unfinished_parts(desk) -> None:
+    model = onnx.load(desk / "net.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name == "bias":
+            tensor.CopyFrom(numpy_helper.from_array(numpy.full(3, numpy.nan, numpy.float32), "bias"))
+    onnx.save(model, desk / "net.onnx")
+    code, _, said = verify(desk, "--data", "photos", "--attack", "fgsm")
+    assert code == 2
+    assert "infinities, or with numbers that are none" in said or "not finite" in said or "no number" in said
+    assert not list(desk.glob("edgekit-verdicts/.*"))
