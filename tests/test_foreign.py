@@ -423,15 +423,16 @@ def test_names_that_are_no_utf8_do_no_harm(desk) -> None:
 
 def test_photos_of_another_size_are_resized_when_asked(desk) -> None:
     (desk / "big" / "cat").mkdir(parents=True)
-    pixels = numpy.random.default_rng(2).integers(0, 256, (16, 24, 3), dtype=numpy.uint8)
+    pixels = numpy.full((16, 24, 3), (0, 200, 0), numpy.uint8)
+    pixels[:, :4] = pixels[:, 20:] = (255, 0, 0)  # outside of the middle, which alone is to be seen
     Image.fromarray(pixels).save(desk / "big" / "cat" / "a.png")
     code, verdict, _ = verify(desk, "--data", "big", "--resize", "--attack", "fgsm", "--save-adversarial", "a.npz")
     assert (code, verdict["samples"]) == (3, 1)  # one image decides nothing
-    middle = Image.fromarray(pixels[:, 4:20]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     with numpy.load(desk / "a.npz") as archive:
-        shown = archive["images"][0].transpose(1, 2, 0) * 255
-    inner = numpy.s_[:, 1:-1]  # at the edges of a crop it matters what was beyond them
-    assert numpy.abs(shown[inner] - numpy.asarray(middle, dtype=float)[inner]).max() <= 1
+        (shown,) = archive["images"].transpose(0, 2, 3, 1) * 255
+    assert shown.shape == (SIDE, SIDE, 3)
+    assert numpy.abs(shown[:, 2:-2] - (0, 200, 0)).max() <= 1  # next to a crop's edges what lay beyond is felt
+    assert shown[..., 1].min() > 150
 
 
 def test_the_report_goes_where_it_is_asked_for(desk) -> None:
