@@ -1,6 +1,7 @@
 """Attacks x artifacts -> Verdict: every file of a run is attacked in its own runtime, beside the float student.
 
-`verify` is the command. What happens to one file stands in examine.py, what is kept of it in archive.py.
+`verify` is the command. What is judged stands in assignment.py, what happens to one file in examine.py, and what is
+kept of it in archive.py.
 """
 
 import contextlib
@@ -8,69 +9,33 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from edgekit import __version__, archive, foreign, machine, models, runs, twin, verdict
-from edgekit import artifact as artifacts
+from edgekit import __version__, archive, foreign, verdict
 from edgekit import judge as judges
 from edgekit.archive import Notebook
-from edgekit.artifact import Artifact
+from edgekit.assignment import Assignment, assign, surrogate
 from edgekit.attacks import Attack, parse
-from edgekit.attacks.campaign import SCORES, TOGETHER, Outcome
+from edgekit.attacks.campaign import Outcome
 from edgekit.checks import share
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
-from edgekit.data import Dataset, Split, stratified
-from edgekit.data import load as load_data
 from edgekit.errors import ENVIRONMENT, EdgekitError, printable
-from edgekit.examine import Advance, Beside, Examined, Subject, Trial, examine
+from edgekit.examine import Advance, Beside, Examined, Trial, examine
 from edgekit.files import digest, sha256, write_text
 from edgekit.foreign import Said
-from edgekit.recipe import read, typed
+from edgekit.recipe import typed
 from edgekit.report import page
 from edgekit.report.evidence import Curves, Evidence, FileEvidence, gather
 from edgekit.report.junit import to_xml
 from edgekit.report.markdown import to_markdown
-from edgekit.runs import Run
 from edgekit.statistics import power_sentence
 from edgekit.sweep import sweep
 from edgekit.verdict import ArtifactVerdict, FloatStudent, Rules, Verdict
-
-SAMPLES = 1000
-SPLIT = "test"
-OWN_VERDICTS = Path("edgekit-verdicts")  # of files that belong to no run
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file to be judged: what the verdict says of it, and how it is opened once its turn comes."""
-
-    about: dict[str, Any]
-    subject: Callable[[], Subject]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """All that is to be judged, on which images, beside which student, and where the verdict is kept.
-
-    `classes` are their names where they are known, in the order of the scores; `facts` are further digests, by name.
-    """
-
-    entries: list[Entry]
-    split: Split
-    data: verdict.Data
-    epsilon: float
-    threads: int
-    verdicts: Path
-    student: Classifier | None = None
-    classes: tuple[str, ...] | None = None
-    facts: dict[str, str] = field(default_factory=dict)
-    port: foreign.Port | None = None  # how a file of no run is fed and read
 
 
 def verify(
@@ -146,17 +111,7 @@ def verify(
     copies = _copies({"--report": report, "--markdown": markdown, "--junit": junit})
     torch.set_flush_denormal(True)
     said = Said(mean, std, layout, channels, output, None if classes is None else Path(classes), resize, size)
-    path = None if what is None else Path(what)
-    if path is not None and data is not None and (path / "artifact.json").is_file():
-        path = artifacts.load(path).path  # an artifact away from its run is a file like any other
-    if path is not None and path.is_file() and (data is not None or not (path.parent / "artifact.json").is_file()):
-        assignment = _of_file(path, None if data is None else Path(data), said, samples, seed, radius)
-    else:
-        if given := [*(["--data"] if data is not None else []), *said.options()]:
-            raise EdgekitError("is for a file that belongs to no run; a run has its own data", where=given[0])
-        assignment = _of_run(path, samples, seed, radius)
-    if judge is not None:
-        assignment = _judged_by(assignment, judge)
+    assignment = assign(what, None if data is None else Path(data), said, samples, seed, radius, judge)
     trial = Trial(
         attacks,
         assignment.split.floats(),
@@ -175,7 +130,7 @@ def verify(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_kept(notebook, command if resume else f"{command} --resume"))
         stack.enter_context(_torch_threads(assignment.threads))
-        surrogates = {} if source is None else _surrogate(Path(source), assignment)
+        surrogates = {} if source is None else surrogate(Path(source), assignment)
         archived = stack.enter_context(archive.adversarial(save_adversarial, trial)) if save_adversarial else None
         results = _examine_all(
             assignment, surrogates, trial, rules, notebook, archived, self_test=self_test, curves="--report" in copies
@@ -262,122 +217,6 @@ def _fingerprint(source: Path) -> str:
     if source.suffix == ".safetensors" and source.is_file():
         return sha256(source)
     return foreign.fingerprint(source, foreign.external(foreign.read(source)))
-
-
-def _judged_by(assignment: Assignment, address: str) -> Assignment:
-    """The same with one file's answers taken from a program or device."""
-    if len(assignment.entries) != 1:
-        names = ", ".join(entry.about["name"] for entry in assignment.entries)
-        mend = "Name the artifact whose file runs there"
-        raise EdgekitError(f"one judge answers for one file, not for {names}", where="--judge", mend=mend)
-    (entry,) = assignment.entries
-    remote = judges.connect(address)
-
-    def subject() -> Subject:
-        # One conversation: a device may take no second one, so the replay asks the same judge again.
-        return replace(entry.subject(), judged_on=f"judge {address}", open=lambda: remote)
-
-    return replace(assignment, entries=[Entry(entry.about, subject)])
-
-
-def _of_run(path: Path | None, samples: int | None, seed: int, radius: float | None) -> Assignment:
-    """The artifacts of a run, or one of them, on the run's own test images."""
-    run, found = _found(path)
-    recipe = read(run.recipe_file)
-    dataset = _same_data(run, recipe.data)
-    split = dataset.test[stratified(dataset.test.labels, samples or SAMPLES, seed)]
-    _few(split, samples)
-    threads = min(run.info().get("threads", 1), machine.cores())
-    # The channels-last layout halves the time of a convolution's two passes on a CPU.
-    student = models.load(run.student, factory=recipe.student.architecture).requires_grad_(False)
-    student = student.to(memory_format=torch.channels_last)
-    return Assignment(
-        entries=[Entry(_about(run, one), partial(_subject, run, one, threads)) for one in found],
-        split=split,
-        data=verdict.Data(dataset.name, SPLIT, dataset.sha256),
-        epsilon=recipe.inner.epsilon if radius is None else radius,
-        threads=threads,
-        verdicts=run.verdicts,
-        student=student,
-        classes=student.classes,
-        facts={"student sha256": sha256(run.student), "recipe sha256": sha256(run.recipe_file)},
-    )
-
-
-def _of_file(
-    path: Path, folder: Path | None, said: Said, samples: int | None, seed: int, radius: float | None
-) -> Assignment:
-    """An ONNX file that belongs to no run, on a folder of photos."""
-    model = foreign.read(path)
-    port = foreign.port(path, model, said)
-    if folder is None:
-        raise EdgekitError(
-            "this file belongs to no run: it needs photos to be judged on", where=path, mend="Say --data FOLDER"
-        )
-    opened = partial(judges.open, path, threads=machine.cores(), output=port.output)
-    classes = port.classes or foreign.count_classes(path, port, opened(), said)
-    photos = foreign.photos(folder, port, classes, said, samples or SAMPLES, seed)
-    _few(photos.split, samples)
-    threads = machine.cores()
-    about = {
-        "name": path.stem,
-        "format": "onnx",
-        "precision": foreign.precision(model),
-        "file": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": foreign.fingerprint(path, foreign.external(model)),
-    }
-
-    def subject() -> Subject:
-        copy = foreign.twin(path, port)
-        return Subject(
-            **about,
-            judged_on=judges.judged_on("onnx"),
-            open=lambda: foreign.Ported(port, opened(), differentiable=False),
-            twin=copy,
-            chance=1 / classes,
-        )
-
-    return Assignment(
-        entries=[Entry(about, subject)],
-        split=photos.split,
-        data=verdict.Data(photos.name, SPLIT, photos.sha256),
-        epsilon=8 / 255 if radius is None else radius,
-        threads=threads,
-        verdicts=OWN_VERDICTS,
-        classes=port.names,
-        port=port,
-    )
-
-
-def _few(split: Split, samples: int | None) -> None:
-    if samples is not None and len(split) < samples:
-        say(f"There are {len(split):,} test images; all of them are drawn.")
-
-
-def _surrogate(path: Path, assignment: Assignment) -> dict[str, Classifier]:
-    """The model of --source by its file's name: another network whose gradients the attacks follow too.
-
-    A file called float.onnx must not take the place of the float student, nor twin.onnx that of the twin.
-    """
-    if path.suffix == ".safetensors":
-        network = models.load(path).requires_grad_(False).to(memory_format=torch.channels_last)
-    else:
-        model = foreign.read(path)
-        port = foreign.port(path, model, Said())
-        network = foreign.twin(path, port)
-        if network is None:
-            raise EdgekitError("no gradients go through this file", where=f"--source {path}")
-    images = assignment.split.images[:2].float() / 255
-    try:
-        with torch.no_grad():
-            network(images)
-    except RuntimeError as error:
-        raise EdgekitError(
-            f"does not take these images ({str(error).splitlines()[0][:120]})", where=f"--source {path}"
-        ) from None
-    name = path.stem.replace(TOGETHER, "-")
-    return {path.name if name in ("float", "twin", SCORES) else name: network}
 
 
 @dataclass
@@ -513,74 +352,6 @@ def _radius(epsilon: float | str, norm: str) -> float:
     if not 0 < value < math.inf:
         raise EdgekitError("an epsilon is above 0", where=f"--epsilon {epsilon}")
     return value
-
-
-def _found(path: Path | None) -> tuple[Run, list[Artifact]]:
-    """The run and those of its artifacts that are meant, each checked against its digest and against the student."""
-    path = None if path == runs.ROOT / "latest" else path
-    if path is not None and not path.exists():
-        raise EdgekitError("there is no such run or artifact", where=path)
-    if path is not None and path.is_file():  # a file of an artifact is that artifact
-        judged = artifacts.load(path.parent).path
-        if path.name != judged.name:
-            say(f"{path.name} is {judged.name} for another loader; {judged.name} is judged")
-        path = path.parent
-    if path is not None and (path / "artifact.json").is_file():
-        folder = path.resolve()
-        if folder.parent.name != "artifacts" or not (folder.parents[1] / "run.json").is_file():
-            raise EdgekitError(
-                "this artifact lies in no run, and so has no student and no data beside it",
-                where=path,
-                mend="Say --data FOLDER",
-            )
-        run, folders = runs.find(folder.parents[1]), [folder]
-    else:
-        run = runs.find(path)
-        inside = sorted(run.artifacts.iterdir()) if run.artifacts.is_dir() else []
-        folders = [folder for folder in inside if folder.is_dir() and not folder.name.startswith(".")]
-    if not folders:
-        mend = "Run: edgekit export" + ("" if path is None else f" {path}") + " --int8"
-        raise EdgekitError("there is no exported file yet", where=run.folder, mend=mend)
-    found = [artifacts.load(folder) for folder in folders]
-    student, recipe = sha256(run.student), sha256(run.recipe_file)
-    for one in found:
-        if one.record.get("made_from", {}).get("student_sha256") != student:
-            raise EdgekitError(
-                "the file was exported from another student than the one beside it",
-                where=one.folder,
-                mend="Run: edgekit export --force",
-            )
-        if one.record["made_from"].get("recipe_sha256") != recipe:
-            # Another split may hold training images as test images, and the data's digest does not see splits.
-            raise EdgekitError("the recipe has changed since the export", where=run.recipe_file, mend="Train again")
-    return run, found
-
-
-def _same_data(run: Run, spec: Any) -> Dataset:
-    dataset = load_data(spec)
-    if dataset.sha256 != run.info()["data"]["sha256"]:
-        # Another split may hold training images as test images.
-        raise EdgekitError("the data has changed since the student was trained", where=dataset.name, mend="Train again")
-    return dataset
-
-
-def _about(run: Run, one: Artifact) -> dict[str, Any]:
-    return {
-        "name": one.name,
-        "format": one.format,
-        "precision": one.precision,
-        "file": one.path.relative_to(run.folder).as_posix(),
-        "bytes": one.bytes,
-        "sha256": one.sha256,
-    }
-
-
-def _subject(run: Run, one: Artifact, threads: int) -> Subject:
-    copy = twin.open(one.path) if (one.format, one.precision) == ("onnx", "int8") else None
-    opener = partial(judges.open, one, threads=threads)
-    first = [opener()]  # a missing runtime shows here, before anything is attacked
-    opened = lambda: first.pop() if first else opener()  # noqa: E731
-    return Subject(**_about(run, one), judged_on=judges.judged_on(one.format), open=opened, twin=copy)
 
 
 @contextlib.contextmanager
