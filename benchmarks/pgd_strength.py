@@ -8,17 +8,14 @@ seeds, because a random start alone moves robust accuracy by some tenths of a po
 """
 
 import statistics
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
 
-import numpy
 import torch
 import typer
 from common import Row, document, peers, publish, start
-from common.students import CIFAR10, picked
+from common.students import CIFAR10, picked, robust
 
 from edgekit import models
 from edgekit.attacks.pgd import pgd
@@ -40,40 +37,30 @@ def main(
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Robust accuracy under edgekit's PGD-20 and under torchattacks'."""
-    interpreter = peers.python("torchattacks==3.5.1")
     torch.set_flush_denormal(True)
     student = models.load(CIFAR10.weights).requires_grad_(False)
     split = picked(data, QUICK_SAMPLES if quick else SAMPLES, quick=quick)
     images, labels = split.floats(), split.labels
     right = predict(student, images).argmax(1) == labels
-
-    def robust(adversarial: torch.Tensor) -> float:
-        if (adversarial - images).abs().max() > EPSILON + 1e-6 or adversarial.min() < 0 or adversarial.max() > 1:
-            raise RuntimeError("an attack left the ball")
-        return (right & (predict(student, adversarial).argmax(1) == labels)).double().mean().item()
-
     runs = []
-    with tempfile.TemporaryDirectory() as scratch:
-        source, target = Path(scratch) / "images.npz", Path(scratch) / "adversarial.npz"
-        numpy.savez(source, images=images.numpy(), labels=labels.numpy())
+    with peers.Attackers(CIFAR10.weights, threads=torch.get_num_threads()) as attackers:
         for seed in range(1 if quick else seeds):
             begin = time.perf_counter()
             found = [
                 pgd(student, student, x, y, seeds=derive(seed, samples=i), epsilon=EPSILON, steps=STEPS)[0]
                 for x, y, i in zip(images.split(250), labels.split(250), split.index.split(250), strict=True)
             ]
-            middle = time.perf_counter()
-            words = (interpreter, Path(__file__).parent / "common" / "torchattacks_pgd.py", CIFAR10.weights)
-            subprocess.run([*map(str, (*words, source, target, EPSILON, STEPS, seed))], check=True)
-            with numpy.load(target) as archive:
-                theirs = torch.from_numpy(archive["adversarial"])
+            seconds = time.perf_counter() - begin
+            other, other_seconds = attackers.run(
+                "torchattacks-pgd", images, labels, epsilon=EPSILON, steps=STEPS, seed=seed
+            )
             runs.append(
                 {
                     "seed": seed,
-                    "edgekit": robust(torch.cat(found)),
-                    "torchattacks": robust(theirs),
-                    "edgekit_seconds": middle - begin,
-                    "torchattacks_seconds": time.perf_counter() - middle,  # with the start of its process
+                    "edgekit": robust(student, torch.cat(found), images, labels, EPSILON),
+                    "torchattacks": robust(student, other, images, labels, EPSILON),
+                    "edgekit_seconds": seconds,
+                    "torchattacks_seconds": other_seconds,
                 }
             )
             say(f"seed {seed}: robust {100 * runs[-1]['edgekit']:.1f} %, {100 * runs[-1]['torchattacks']:.1f} %")

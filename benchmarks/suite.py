@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import Row, document, publish, start
-from common.students import CIFAR10, picked
+from common.students import CIFAR10, int8_file, picked
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +25,6 @@ from edgekit.attacks import parse
 from edgekit.attacks.campaign import Outcome, confront
 from edgekit.formats import onnx as onnx_format
 from edgekit.models.fold import fold
-from edgekit.quantize.qdq import quantize
-from edgekit.quantize.scheme import SCHEMES
 
 EPSILON = {"Linf": 8 / 255, "L2": 0.5}
 SAMPLES, QUICK_SAMPLES, CALIBRATION = 500, 64, 36  # calibration: the images behind those that are attacked
@@ -54,9 +52,7 @@ def main(
     images, labels, index = split.floats()[:count], split.labels[:count], split.index[:count]
     with tempfile.TemporaryDirectory() as scratch:
         folded = fold(student)
-        model = quantize(onnx_format.lower(student), split.floats()[count:], SCHEMES["x86"]).model
-        onnx_format.write_model(model, Path(scratch), {})
-        path = Path(scratch) / onnx_format.FILE
+        path = int8_file(student, split.floats()[count:], Path(scratch))
         judge, copy = onnx_format.open(path, threads=1), twin.open(path)
         torch.set_flush_denormal(True)  # the first session turns it off
         sources = {"float": folded, "twin": copy}

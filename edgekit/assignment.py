@@ -21,6 +21,8 @@ from edgekit.errors import EdgekitError
 from edgekit.examine import Subject
 from edgekit.files import sha256
 from edgekit.foreign import Said
+from edgekit.models import Network
+from edgekit.models.fold import fold
 from edgekit.recipe import read
 from edgekit.runs import Run
 
@@ -64,9 +66,7 @@ def _of_run(path: Path | None, samples: int | None, seed: int, radius: float | N
     split = dataset.test[stratified(dataset.test.labels, samples or SAMPLES, seed)]
     _few(split, samples)
     threads = min(run.info().get("threads", 1), machine.cores())
-    # The channels-last layout halves the time of a convolution's two passes on a CPU.
-    student = models.load(run.student, factory=recipe.student.architecture).requires_grad_(False)
-    student = student.to(memory_format=torch.channels_last)
+    student = _attackable(models.load(run.student, factory=recipe.student.architecture))
     return Assignment(
         entries=[Entry(_about(run, one), partial(_subject, run, one, threads)) for one in found],
         split=split,
@@ -126,6 +126,12 @@ def _of_file(
     )
 
 
+def _attackable(network: Network) -> Network:
+    """The same answers in less time: no gradients of weights, no batch normalization, and the layout that halves the
+    time of a convolution's two passes on a CPU."""
+    return fold(network.requires_grad_(False).to(memory_format=torch.channels_last))
+
+
 def _few(split: Split, samples: int | None) -> None:
     if samples is not None and len(split) < samples:
         say(f"There are {len(split):,} test images; all of them are drawn.")
@@ -137,7 +143,7 @@ def surrogate(path: Path, assignment: Assignment) -> dict[str, Classifier]:
     A file called float.onnx must not take the place of the float student, nor twin.onnx that of the twin.
     """
     if path.suffix == ".safetensors":
-        network = models.load(path).requires_grad_(False).to(memory_format=torch.channels_last)
+        network = _attackable(models.load(path))
     else:
         model = foreign.read(path)
         port = foreign.port(path, model, Said())

@@ -5,10 +5,16 @@ from pathlib import Path
 
 import numpy
 import torch
+from torch import Tensor
 
 from edgekit import data
+from edgekit.classifier import Classifier, predict
 from edgekit.data import Split
 from edgekit.errors import EdgekitError
+from edgekit.formats import onnx as onnx_format
+from edgekit.models import Network
+from edgekit.quantize.qdq import quantize
+from edgekit.quantize.scheme import SCHEMES
 from edgekit.recipe import read
 
 FOLDER = Path(__file__).parents[1] / "students"
@@ -48,3 +54,22 @@ def picked(folder: Path | None, samples: int, *, quick: bool) -> Split:
     spec = read(CIFAR10.folder / "recipe.toml").data.model_copy(update={"name": str(folder)})
     test = data.load(spec).test
     return test[data.stratified(test.labels, samples, 0)]
+
+
+def int8_file(student: Network, calibration: Tensor, folder: Path) -> Path:
+    """The ONNX file that `edgekit export --int8` makes of `student`, with calibration images (N, C, H, W)."""
+    model = quantize(onnx_format.lower(student), calibration, SCHEMES["x86"]).model
+    onnx_format.write_model(model, folder, {})
+    return folder / onnx_format.FILE
+
+
+def robust(judge: Classifier, adversarial: Tensor, images: Tensor, labels: Tensor, epsilon: float) -> float:
+    """Share of samples that `judge` gets right both clean and on what an L-infinity attack made of them.
+
+    Raises:
+        RuntimeError: an adversarial image lies outside the ball or the pixel range.
+    """
+    if (adversarial - images).abs().max() > epsilon + 1e-6 or adversarial.min() < 0 or adversarial.max() > 1:
+        raise RuntimeError("an attack left the ball")
+    right = predict(judge, images).argmax(1) == labels
+    return (right & (predict(judge, adversarial).argmax(1) == labels)).double().mean().item()
