@@ -161,7 +161,8 @@ def main(
             break
     cpu = place.type == "cpu"
     decides = cpu and batch_size == 32 and len(seconds["ours"]) >= 3
-    what = f"RSLAD step, MobileNetV2 1.0, batch {batch_size}, {'1 thread' if cpu else place}, median of {len(seconds['ours'])}"
+    where, many = "1 thread" if cpu else str(place), len(seconds["ours"])
+    what = f"RSLAD step, MobileNetV2 1.0, batch {batch_size}, {where}, median of {many}"
 
     def compare(name: str, peer_name: str, times: dict[str, list[float]], clock: str, goal: float | None) -> Row:
         ours, peer = (batch_size / statistics.median(times[side]) for side in ("ours", name))
