@@ -179,7 +179,7 @@ def confront(
         shown = Grid(judge, epsilon, attack.norm) if grid else judge
         for name, source in followed(attack, judge, sources).items():
             hits = wrong.clone()
-            for number, chunk in enumerate(torch.arange(len(labels)).split(CHUNK)):
+            for number, chunk in enumerate(torch.arange(len(labels), device=images.device).split(CHUNK)):
                 part = memory.recall(attack.name, name, number)
                 if part is None:
                     begin, before = time.perf_counter(), meter.passes
