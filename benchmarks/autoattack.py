@@ -58,7 +58,7 @@ def main(
         share = robust(judge, adversarial, images, labels, EPSILON)
         pixels = hashlib.sha256(adversarial.cpu().contiguous().numpy().tobytes()).hexdigest()
         outcomes[name] = {"robust": share, "seconds": seconds, "sha256": pixels}
-        say(f"{name}: {100 * share:.1f} % robust, {seconds:.0f} s")
+        say(f"{name}: {100 * share:.1f} % robust, {seconds:.0f} s, images {pixels[:16]}")
         return 100 * share
 
     def timed(work: Callable[[], Outcome]) -> tuple[Outcome, float]:
