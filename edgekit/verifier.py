@@ -368,10 +368,15 @@ def _kept(notebook: Notebook, command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         if command.startswith("edgekit "):
             say(f"Interrupted; {notebook.parts} finished parts are kept. Continue with: {command}")
+        notebook.leave()
         raise
     except EdgekitError as error:
         if error.exit_code != ENVIRONMENT:
             notebook.close()
+        notebook.leave()
+        raise
+    except BaseException:
+        notebook.leave()
         raise
 
 
