@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import safetensors
@@ -87,15 +90,30 @@ def keep(
 class Notebook:
     """The finished parts of an unfinished verdict, in verdicts/.unfinished-<key>/: what --resume continues from.
 
+    The folder is locked while it is used: two commands under the same options have one each, and neither clears the
+    other's. What nobody came back to for STALE seconds is removed.
+
     Args:
         key: a digest of all that the parts depend on; other options never find them.
         fresh: forget what is there.
     """
 
     def __init__(self, verdicts: Path, key: str, *, fresh: bool) -> None:
-        self.folder = verdicts / f".unfinished-{key[:16]}"
+        for left in verdicts.glob(".unfinished-*"):
+            if _age(left) > STALE and (lock := _locked(left)):
+                shutil.rmtree(left, ignore_errors=True)
+                lock.close()
+        number = 1
+        while True:
+            self.folder = verdicts / f".unfinished-{key[:16]}{'' if number == 1 else f'-{number}'}"
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if lock := _locked(self.folder):
+                break
+            number += 1
+        self._lock = lock
         if fresh:
-            self.close()
+            for part in self.folder.glob("*.safetensors"):
+                part.unlink(missing_ok=True)
 
     def page(self, judge: str) -> "Page":
         """The Memory of one judge."""
@@ -105,8 +123,49 @@ class Notebook:
     def parts(self) -> int:
         return len(list(self.folder.glob("*.safetensors")))
 
+    def leave(self) -> None:
+        """Let another command take the parts up; without any, nothing is left behind."""
+        if self.parts:
+            self._lock.close()
+        else:
+            self.close()
+
     def close(self) -> None:
+        """Remove the parts, and the folder of the verdicts where it holds no other."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()
+
+
+STALE = 7 * 24 * 3600.0
+_LOCK = "lock"
+
+
+def _age(folder: Path) -> float:
+    """Seconds since something was written into it; 0 where it is gone."""
+    try:
+        return time.time() - folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _locked(folder: Path) -> IO[bytes] | None:
+    """The folder's lock, held until it is closed or this process ends; None where another holds it, or it is gone."""
+    try:
+        lock = (folder / _LOCK).open("ab")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock.fileno()).st_nlink:  # else its last holder has removed it since
+            return lock
+    except BlockingIOError:
+        pass
+    except OSError:  # a file system without locks: there two commands at once are the user's to avoid
+        return lock
+    lock.close()
+    return None
 
 
 class Page:

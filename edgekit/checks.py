@@ -202,8 +202,12 @@ def _zero(evidence: Evidence, chosen: Tensor) -> Check:
     stand_in = Wrapped(lambda batch: batch.flatten(1).mean(1, keepdim=True) * classes, differentiable=True)
     kept = torch.ones(len(chosen), dtype=torch.bool)
     for attack in evidence.attacks:
-        seeds = evidence.seeds(0, chosen)
-        moved, fooled = attack.run(stand_in, evidence.judge, images, labels, seeds=seeds, epsilon=0.0)
+        # As the campaign pairs them: some follow two sources at once, and some had none here and did not run.
+        follows = followed(attack, evidence.judge, dict.fromkeys(evidence.sources, stand_in))
+        if not follows:
+            continue
+        source, seeds = next(iter(follows.values())), evidence.seeds(0, chosen)
+        moved, fooled = attack.run(source, evidence.judge, images, labels, seeds=seeds, epsilon=0.0)
         kept &= ~fooled & (moved == images).flatten(1).all(1)
     why = f"with epsilon 0 {int(kept.sum())} of {len(kept)} samples stay as they were and are answered rightly"
     return _check("epsilon_zero_is_clean", bool(kept.all()), share(kept), why)
@@ -584,9 +588,11 @@ def plant_and_find(evidence: Evidence, chosen: Tensor) -> list[Check]:
         return [_check(name, False, 0.0, why)]
     judge, found = plant.over(evidence.judge), torch.zeros(count, dtype=torch.bool)
     seeds = derive(evidence.seed, 1 << 20, 4, samples=torch.arange(count))
-    for attack, source in _pairs(evidence):
-        if attack.needs:  # a pair of models has no copy with a planted place in common
-            continue
+    # A pair of models has no copy with a planted place in common.
+    single = [(attack, source) for attack, source in _pairs(evidence) if not attack.needs]
+    if not single:
+        return []
+    for attack, source in single:
         found |= attack.run(
             plant.over(source), judge, plant.images, plant.labels, seeds=seeds, epsilon=evidence.epsilon
         )[1]

@@ -53,13 +53,13 @@ def distill(
         list[str] | None, typer.Option("--set", metavar="K=V", help="Override a key: --set train.epochs=5.")
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run folder.  [default: runs/<recipe>-<n>]")
+        Path | None, typer.Option(metavar="DIR", help="The run folder.", show_default="runs/<recipe>-<n>")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: a GPU where there is one]")
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="a GPU where there is one")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.  [default: the recipe's]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.", show_default="the recipe's")] = None,
     json: Json = False,
 ) -> None:
     """Train a robust student, and first its teacher if need be."""
@@ -80,7 +80,7 @@ def distill(
 
 @app.command()
 def export(
-    run: Annotated[Path | None, typer.Argument(help="A run folder.  [default: the latest run]")] = None,
+    run: Annotated[Path | None, typer.Argument(help="A run folder.", show_default="the latest run")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Write int8 files too.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Not yet: no format of this version writes fp16.")] = False,
     format: Annotated[str | None, typer.Option(metavar="F,…", help="onnx, torchscript.")] = None,
@@ -105,15 +105,18 @@ def verify(
     what: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN|ARTIFACT|FILE]", help="A run, an artifact folder, an ONNX file.  [default: the latest run]"
+            metavar="RUN|ARTIFACT|FILE",
+            help="A run, an artifact folder, an ONNX file.",
+            show_default="the latest run",
         ),
     ] = None,
     attack: Annotated[
         str, typer.Option(metavar="A,B", help="Attacks and suites (edgekit attacks); several: the worst case.")
     ] = "deployed",
-    samples: Annotated[int | None, typer.Option(min=1, help="Test images.  [default: 1000 or all]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Test images.", show_default="1000 or all")] = None,
     epsilon: Annotated[
-        str | None, typer.Option(help="Radius in [0, 1] pixels; 8/255 is allowed.  [default: the recipe's]")
+        str | None,
+        typer.Option(help="Radius in [0, 1] pixels; 8/255 is allowed.", show_default="the recipe's, else 8/255"),
     ] = None,
     norm: Annotated[str, typer.Option(help="Linf or L2.")] = "Linf",
     tolerance: Annotated[
@@ -239,7 +242,7 @@ def attacks(json: Json = False) -> None:
 
 @app.command()
 def methods(json: Json = False) -> None:
-    """List the training methods that a recipe's [method] takes."""
+    """List the training methods that a recipe names in its table "method"."""
     from edgekit.methods import METHODS
 
     rows = [

@@ -335,23 +335,51 @@ def _dims(shape: Sequence[int | None]) -> str:
 def _normalization(
     said: Said, metadata: Mapping[str, str], channels: int, path: Path
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    mean = _values("--mean", said.mean, channels) if said.mean else None
-    std = _values("--std", said.std, channels) if said.std else None
-    if mean is None and std is None and "mean" in metadata and "std" in metadata:
-        mean = _values(f"{path}, metadata 'mean'", metadata["mean"].strip("[]() "), channels)
-        std = _values(f"{path}, metadata 'std'", metadata["std"].strip("[]() "), channels)
-    if mean is None and std is None:
-        return None, None
-    mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
-    if min(std) <= 0:
-        raise EdgekitError("a standard deviation is above 0", where=f"--std {said.std}")
-    if max(map(abs, mean)) > 1 or max(std) > 1:
+    """Mean and standard deviation in units of [0, 1], each from its option, else from the metadata; or none at all."""
+    options = {"mean": said.mean, "std": said.std}
+    typed_ones = [f"--{name} {text}" for name, text in options.items() if text]
+    if typed_ones and _inside(metadata):
         raise EdgekitError(
-            "means and standard deviations are in units of [0, 1]",
-            where=f"--mean {said.mean} --std {said.std}",
-            mend="Write 123/255 for 123 of 255 levels",
+            "the file's metadata says that it normalizes its images itself", where=typed_ones[0], mend="Leave it out"
         )
+    found: dict[str, tuple[float, ...]] = {}
+    places: dict[str, str] = {}
+    for name, text in options.items():
+        if text:
+            places[name] = f"--{name} {text}"
+            found[name] = _values(f"--{name}", text, channels)
+        elif name in metadata:
+            places[name] = f"{path}, metadata '{name}'"
+            found[name] = _values(places[name], metadata[name].strip("[]() "), channels)
+    if not found:
+        return None, None
+    if not typed_ones and len(found) == 1:
+        # A network may well subtract a mean and divide by nothing, or by what nobody wrote down.
+        (here,), missing, none = found, *(("std", 1) if "mean" in found else ("mean", 0))
+        raise EdgekitError(
+            f"the metadata has '{here}' and no '{missing}'", where=path, mend=f"Say --{missing} {none} if there is none"
+        )
+    mean, std = found.get("mean", (0.0,) * channels), found.get("std", (1.0,) * channels)
+    if min(std) <= 0:
+        raise EdgekitError("a standard deviation is above 0", where=places["std"])
+    if not typed_ones and min(mean) > 1 and min(std) > 1:
+        # (255 x - mean) / std: numbers of this size can only count levels.
+        mean, std = (tuple(value / 255 for value in values) for values in (mean, std))
+    if max(map(abs, mean)) > 1 or max(std) > 1:
+        of_user = [places[name] for name in found if options[name]] or [f"{path}, metadata 'mean' and 'std'"]
+        mend = "Write 123/255 for 123 of 255 levels"
+        if not typed_ones:
+            mend = f"Say --mean and --std, which go before it. {mend}"
+        raise EdgekitError("means and standard deviations are in units of [0, 1]", where=" ".join(of_user), mend=mend)
     return mean, std
+
+
+def _inside(metadata: Mapping[str, str]) -> bool:
+    """Whether edgekit wrote the file, whose networks normalize inside."""
+    try:
+        return json.loads(metadata["input"])["normalization"] == "inside"
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _values(where: str, text: str, channels: int) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ from edgekit import data, machine, models, runs
 from edgekit.attacks.pgd import pgd
 from edgekit.console import progress, say
 from edgekit.data import Dataset, Split
-from edgekit.errors import EdgekitError, choose
+from edgekit.errors import EdgekitError, choose, printable
 from edgekit.files import cache_folder, digest, sha256, write_text, writing
 from edgekit.methods import METHODS
 from edgekit.methods.inner import Inner
@@ -189,7 +189,7 @@ def _train_teacher(plan: Recipe, recipe: Recipe, dataset: Dataset, device: torch
         if not kept.begun:
             write_text(kept.recipe_file, to_toml(plan))
         with _recording(kept):
-            fit(plan, dataset, None, kept, device)
+            fit(plan, dataset, None, kept, device, name=f"teacher {Path(named or kept.name).stem}")
     return kept.student
 
 
@@ -258,18 +258,21 @@ def fit(
     teacher: tuple[Network, dict[str, str]] | None,
     run: Run,
     device: torch.device,
+    *,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Train into `run`, from its checkpoint where it has one, and return run.json's content.
 
     Args:
         teacher: the network, and what run.json is to say of it.
+        name: what the progress calls it; the folder's name by default, which of a kept teacher is a digest.
     Raises:
         EdgekitError: the checkpoint is damaged, or data or teacher are not those that it was made with.
     """
     # Denormals make a convolution many times slower, and threads started later inherit the setting.
     torch.set_flush_denormal(True)
     with _accelerated(device, recipe.train.precision) as accelerator:
-        return _fit(recipe, dataset, teacher, run, accelerator)
+        return _fit(recipe, dataset, teacher, run, accelerator, name or run.name)
 
 
 def _fit(
@@ -278,6 +281,7 @@ def _fit(
     taught: tuple[Network, dict[str, str]] | None,
     run: Run,
     accelerator: Accelerator,
+    name: str,
 ) -> dict[str, Any]:
     train = recipe.train
     teacher, about_teacher = taught or (None, None)
@@ -327,7 +331,7 @@ def _fit(
     held_out = held_out[data.stratified(held_out.labels, recipe.evaluate.samples, recipe.seed)].to(accelerator.device)
     steps = max(1, len(pool) // train.batch_size)
     with progress() as bar:
-        task = bar.add_task(run.name, total=train.epochs * steps, completed=len(log) * steps, note="")
+        task = bar.add_task(printable(name), total=train.epochs * steps, completed=len(log) * steps, note="")
         for epoch in range(len(log), train.epochs):
             begin, total, model = time.perf_counter(), torch.zeros((), device=accelerator.device), model.train()
             # The last, incomplete batch is left out: its statistics would weigh as much as a whole one's.
@@ -376,7 +380,7 @@ def _fit(
                 note += f", best robust {100 * best['robust_accuracy']:.1f} %"
             bar.update(task, note=note)
             if bar.disable and (epoch + 1) % max(1, train.epochs // 10) == 0:
-                say(f"{run.name}: epoch {epoch + 1} of {train.epochs}, {note}")
+                say(f"{name}: epoch {epoch + 1} of {train.epochs}, {note}")
             _save_checkpoint(run, student, optimizer, log, best, dataset.sha256, accelerator.scaler)
     models.save(student, run.student, best["student"], seed=str(recipe.seed), recipe_sha256=sha256(run.recipe_file))
     curves.draw(log, run.folder / "curves.png")

@@ -241,8 +241,12 @@ def _examine_all(
     self_test: bool,
     curves: bool,
 ) -> _Results:
-    """Examine every file, one after the other."""
-    results = _Results()
+    """Examine every file, one after the other; what ends one of them ends all only where it ends each of them.
+
+    Raises:
+        EdgekitError: no file could be judged: the first fault in a file, else (exit code 4) what is missing here.
+    """
+    results, faults = _Results(), list[EdgekitError]()
     with progress() as bar:
 
         def watch(name: str, sources: int) -> Advance:
@@ -270,12 +274,13 @@ def _examine_all(
             name = entry.about["name"]
             try:
                 subject = entry.subject()
+                examined = examine(subject, beside, trial, rules, surrogates, watch, notebook.page, self_test=self_test)
             except EdgekitError as error:
-                if error.exit_code != ENVIRONMENT:
-                    raise
+                # What the other files went through for minutes is not thrown away for this one.
+                faults.append(error)
+                say(f"{name} is not judged: {error}")
                 results.artifacts.append(verdict.not_run(**entry.about, why=str(error)))
                 continue
-            examined = examine(subject, beside, trial, rules, surrogates, watch, notebook.page, self_test=self_test)
             if bar.disable:
                 seconds = sum(examined.outcome.seconds.values())
                 checked = f"checks {examined.verdict.checks_seconds or 0:.1f} s"
@@ -293,8 +298,9 @@ def _examine_all(
             if archived:
                 archived(name, examined)
     if not results.lines:
-        why = results.artifacts[0].why
-        raise EdgekitError(f"nothing could run here ({why})", exit_code=ENVIRONMENT)
+        raise next((one for one in faults if one.exit_code != ENVIRONMENT), None) or EdgekitError(
+            f"nothing could run here ({faults[0]})", exit_code=ENVIRONMENT
+        )
     return results
 
 
@@ -362,10 +368,15 @@ def _kept(notebook: Notebook, command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         if command.startswith("edgekit "):
             say(f"Interrupted; {notebook.parts} finished parts are kept. Continue with: {command}")
+        notebook.leave()
         raise
     except EdgekitError as error:
         if error.exit_code != ENVIRONMENT:
             notebook.close()
+        notebook.leave()
+        raise
+    except BaseException:
+        notebook.leave()
         raise
 
 

@@ -87,6 +87,20 @@ def test_what_no_camera_delivers_is_not_held_against_a_suite_on_the_grid() -> No
     assert found[False] < 0.8 < found[True] == 1
 
 
+@pytest.mark.parametrize("names", [("twin", "float"), ("float",)])
+def test_an_attack_that_follows_a_pair_is_checked_where_it_ran_and_nowhere_else(net, names: tuple[str, ...]) -> None:
+    one = evidence(as_file(net), {name: net for name in names}, "pgd5,diva3")
+    assert (("diva3", "twin+float") in one.outcome.fooled) == (len(names) == 2)
+    found = scrutinize(one, self_test=True)
+    assert failed(found) == set()
+    assert {"epsilon_zero_is_clean", "planted_example_found"} <= {check.name for check in found}
+
+
+def test_a_pair_alone_leaves_nothing_to_plant(net) -> None:
+    found = scrutinize(evidence(as_file(net), {"twin": net, "float": net}, "diva3"), self_test=True)
+    assert "planted_example_found" not in {check.name for check in found}
+
+
 # Masked models --------------------------------------------------------------------------------------------------------
 
 

@@ -165,6 +165,9 @@ def test_however_a_file_is_fed_it_answers_what_its_network_computes(tmp_path, im
             lambda x: network(((x - mean()) / std()).flip(1)),
         ),
         ({"mean": "[0.5, 0.4, 0.3]", "std": "[0.2, 0.25, 0.3]"}, Said(mean="0", std="1"), network),
+        ({"mean": "[127.5, 102, 76.5]", "std": "51,63.75,76.5"}, Said(), lambda x: network((x - mean()) / std())),
+        ({"mean": "[0.5, 0.4, 0.3]"}, Said(std="0.2,0.25,0.3"), lambda x: network((x - mean()) / std())),
+        ({"std": "[0.2, 0.25, 0.3]"}, Said(mean="0.5,0.4,0.3"), lambda x: network((x - mean()) / std())),
     ],
 )
 def test_normalization_and_order_come_from_the_options_then_from_the_metadata(
@@ -207,6 +210,12 @@ def test_scores_are_the_logarithms_of_probabilities(tmp_path, images) -> None:
         ({}, Said(mean="0.5,0.5"), "one per channel"),
         ({}, Said(mean="123.7,116.3,103.5", std="58,57,57"), "Write 123/255"),
         ({}, Said(std="0"), "above 0"),
+        ({}, Said(mean="123.7,116.3,103.5"), r"^--mean 123.7,116.3,103.5: .* Write 123/255"),
+        ({"metadata": {"mean": "123.7", "std": "0.5"}}, Said(), r"metadata 'mean' and 'std': .* Say --mean and --std"),
+        ({"metadata": {"mean": "0.5"}}, Said(), "has 'mean' and no 'std'. Say --std 1 if there is none"),
+        ({"metadata": {"std": "0.5"}}, Said(), "has 'std' and no 'mean'. Say --mean 0 if there is none"),
+        ({"metadata": {"mean": "0.5", "std": "0"}}, Said(), "metadata 'std': a standard deviation is above 0"),
+        ({"metadata": {"input": '{"normalization": "inside"}'}}, Said(std="0.5"), "normalizes its images itself"),
         ({}, Said(mean="half"), "should be numbers"),
         ({"second": ("batch", 6)}, Said(), "Say --output NAME"),
         ({}, Said(output="score"), "Did you mean 'scores'"),

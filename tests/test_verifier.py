@@ -471,6 +471,38 @@ def test_a_file_whose_runtime_is_missing_is_not_run_and_the_others_are(run, monk
     assert caught.value.exit_code == 4
 
 
+def test_a_fault_in_one_file_leaves_the_others_their_verdicts(run, monkeypatch, capsys) -> None:
+    from edgekit import judge
+
+    opened = judge.open
+
+    def broken_int8(artifact, **options):
+        if artifact.name == "onnx-int8":
+            return Wrapped(lambda images: torch.full((len(images), 10), torch.nan), differentiable=False)
+        return opened(artifact, **options)
+
+    monkeypatch.setattr(judge, "open", broken_int8)
+    document = verify(attack="fgsm", samples=60)
+    first, broken, last = document["artifacts"]
+    assert broken["verdict"] == "not_run"
+    assert "numbers that are none" in broken["why"]
+    assert "onnx-int8 is not judged: artifacts/onnx-int8/model.onnx" in capsys.readouterr().err
+    assert "robust_accuracy" in first
+    assert "robust_accuracy" in last
+    assert not document["passed"]
+    assert (run / "verdicts/1/verdict.json").is_file()
+    for name in ("onnx-fp32", "torchscript-fp32"):
+        shutil.rmtree(run / "artifacts" / name)
+    with pytest.raises(EdgekitError, match="numbers that are none") as caught:  # alone, it is bad input as before
+        verify(attack="fgsm", samples=60)
+    assert caught.value.exit_code == 2
+
+
+def test_an_attack_that_only_some_files_can_face_judges_those(run) -> None:
+    document = verify(attack="diva2", samples=20)
+    assert [one["verdict"] == "not_run" for one in document["artifacts"]] == [True, False, True]
+
+
 def test_a_recipe_edited_after_the_export_is_refused_for_it_may_split_the_data_otherwise(run) -> None:
     recipe = run / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("split_seed = 0", "split_seed = 9"))

@@ -132,6 +132,7 @@ def test_ctrl_c_while_the_teacher_trains_prints_the_command_that_finishes_the_ru
     said = process.communicate(timeout=100)[1].strip().splitlines()
     assert process.returncode == 130
     assert len(said) == 3, said  # the teacher is trained first; its epoch; and one line of the interruption
+    assert said[1].startswith("teacher teacher: epoch 1 of 4")  # its folder's name is a digest
     assert json.loads((tmp_path / "runs/taught-1/run.json").read_text())["status"] == "interrupted"
     words = shlex.split(said[-1].partition("Continue with: edgekit ")[2])
     assert words == ["distill", "runs/taught-1/recipe.toml", "--run", "runs/taught-1", "--resume"]
