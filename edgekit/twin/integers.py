@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 EXACT = 2**24  # float32 holds every integer up to here; beyond it sums are made in float64
+_CACHED = 2**15  # values at a time: with their float64 copies they lie in a core's own cache
 
 _clipped = torch.ops.aten.hardtanh_backward  # gradient where low < value < high, else 0, in one pass
 
@@ -76,6 +77,14 @@ class Round(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
+def _parts(like: Tensor) -> list[Any]:
+    """Parts of the first axis so small that one operation finds in the cache what the one before it left there."""
+    if like.device.type != "cpu" or not like.ndim or not like.numel():
+        return [...]
+    step = max(1, _CACHED * len(like) // like.numel())
+    return [slice(start, start + step) for start in range(0, len(like), step)]
+
+
 class _RoundedSum(torch.autograd.Function):
     """clamp(round(fma(a, ra, fma(b, rb, k)))): ONNX Runtime's QLinearAdd, which rounds after adding the zero point."""
 
@@ -83,24 +92,33 @@ class _RoundedSum(torch.autograd.Function):
     def forward(
         ctx: Any, a: Tensor, b: Tensor, ratios: tuple[Tensor, Tensor], zeros: Sequence[float], low: float, high: float
     ) -> Tensor:
-        (ra, rb), (za, zb, zc) = ratios, zeros
-        k = zc - (ra.double() * za + (rb * zb).double()).float()
-        # A fused multiply-add rounds once: exact in float64, then to float32.
-        inside = _raw(b, zb).mul_(rb.double()).add_(k.double()).float()
-        total = _raw(a, za).mul_(ra.double()).add(inside).float()
+        (ra, rb), (za, zb, zc) = [ratio.item() for ratio in ratios], zeros
+        k = float(zc - (ra * za + (ratios[1] * zb).double()).float())
+        # A fused multiply-add rounds once: exact in float64, then to float32. The zero points go with the constants:
+        # an integer of 8 bits times a ratio of 24, and what is added to it, have room in the 53 bits of a float64.
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        wide_a, wide_b = a.expand(shape), b.expand(shape)
+        total, rounded = torch.empty_like(wide_a), torch.empty_like(wide_a)
+        for part in _parts(total):
+            inside = wide_b[part].double().mul_(rb).add_(rb * zb + k).float()
+            outside = wide_a[part].double().mul_(ra).add_(inside)
+            total[part] = outside.add_(ra * za) if za else outside
+            torch.round(total[part], out=rounded[part])
+            rounded[part].clamp_(low, high).sub_(zc)
         ctx.save_for_backward(total)
-        ctx.range, ctx.ratios, ctx.shapes = (low - 0.5, high + 0.5), ratios, (a.shape, b.shape)
-        return total.round().clamp_(low, high).sub_(zc)
+        ctx.range, ctx.ratios, ctx.shapes = (low - 0.5, high + 0.5), (ra, rb), (a.shape, b.shape)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = _clipped(gradients[0], ctx.saved_tensors[0], *ctx.range)
-        a, b = (gradient.sum_to_size(shape) * by for shape, by in zip(ctx.shapes, ctx.ratios, strict=True))
+        (total,), (ra, rb) = ctx.saved_tensors, ctx.ratios
+        a, b = torch.empty_like(total), torch.empty_like(total)
+        for part in _parts(total):
+            gradient = _clipped(gradients[0][part], total[part], *ctx.range)
+            torch.mul(gradient, ra, out=a[part])
+            torch.mul(gradient, rb, out=b[part])
+        a, b = (made.sum_to_size(shape) for made, shape in zip((a, b), ctx.shapes, strict=True))
         return a, b, None, None, None, None
-
-
-def _raw(centred: Tensor, zero: float) -> Tensor:
-    return centred.double().add_(zero) if zero else centred.double()
 
 
 @dataclass(frozen=True)
@@ -160,10 +178,14 @@ class _Requantized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, centred: Tensor, layer: Layer, factor: Tensor, low: float, high: float) -> Tensor:
-        scaled = layer.sums(centred).mul_(factor)
+        scaled = layer.sums(centred)
+        rounded = torch.empty_like(scaled)
+        for part in _parts(scaled):
+            torch.round(scaled[part].mul_(factor), out=rounded[part])
+            rounded[part].clamp_(low, high)
         ctx.save_for_backward(centred, scaled)
         ctx.layer, ctx.factor, ctx.range = layer, factor, (low - 0.5, high + 0.5)
-        return scaled.round().clamp_(low, high)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
