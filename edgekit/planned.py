@@ -8,6 +8,7 @@ one would. The intervals of all looks together cover the truth with the confiden
 confidence intervals, Jennison and Turnbull, JRSS B 51 (1989) 305-361.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,14 +81,14 @@ def boundaries(fractions: Sequence[float], error: float) -> tuple[float, ...]:
     from scipy.special import ndtr, ndtri
 
     times = [0.0, *fractions]
-    if times[-1] != 1 or any(later <= earlier for earlier, later in zip(times, times[1:], strict=False)):
+    if times[-1] != 1 or any(later <= earlier for earlier, later in itertools.pairwise(times)):
         raise EdgekitError(f"looks at {list(fractions)} of the samples do not go on to the end")
     if not 0 < error < 0.5:
         raise EdgekitError(f"an error lies between 0 and 0.5, not at {error:g}")
     roots, parts = np.polynomial.legendre.leggauss(NODES)
     nodes, density = np.zeros(1), np.ones(1)  # weighted: before the first look every path is at 0
     found, before = [], 0.0
-    for earlier, time in zip(times, times[1:], strict=False):
+    for earlier, time in itertools.pairwise(times):
         step = math.sqrt(time - earlier)
         allowed = spent(time, error)
         low, high = 0.0, FAR * math.sqrt(time)
