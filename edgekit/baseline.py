@@ -4,6 +4,7 @@ What the earlier file did to each sample stands in samples.jsonl beside its verd
 attacked alike: the same data, samples, seed, attacks and ball.
 """
 
+import contextlib
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -67,12 +68,15 @@ def read(path: str | Path) -> Baseline:
 
 
 def _sample(line: str, where: str) -> tuple[str, int, tuple[int, bool, bool]]:
-    try:
-        told: Any = json.loads(line)
-        whole = isinstance(told["artifact"], str) and all(type(told[key]) is kind for key, kind in COLUMNS.items())
-    except (ValueError, RecursionError, KeyError, TypeError):
-        whole = False
-    if not whole:
+    told: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        told = json.loads(line)
+    # type(), not isinstance(): True is no place in the data.
+    if not (
+        isinstance(told, dict)
+        and isinstance(told.get("artifact"), str)
+        and all(type(told.get(key)) is kind for key, kind in COLUMNS.items())
+    ):
         raise EdgekitError("damaged: this is no sample of a verdict", where=where)
     return told["artifact"], told["index"], (told["label"], told["file_clean"], told["file_robust"])
 
