@@ -118,6 +118,11 @@ class Opened:
     sources: dict[str, Classifier]
     probe: Tensor
 
+    @cached_property
+    def again(self) -> Classifier:
+        """The file opened once more, which is shown nothing but what fooled it: the replay."""
+        return one_by_one_where_needed(self.subject.open(), self.probe)
+
 
 @dataclass(frozen=True)
 class Faced:
@@ -206,9 +211,8 @@ def face(
     _finite(outcome.clean, subject)
     float_robust = None if beside is None else _float_robust(subject, beside, trial, watch, memory)
     own = None if beside is None else beside.own
-    opened_again = one_by_one_where_needed(subject.open(), opened.probe)
-    replayed = _finite(predict(opened_again, outcome.adversarial, CHUNK), subject)
-    outcome, replayed, check = checks.settle_all(_evidence(opened, trial, outcome, own), opened_again, replayed)
+    replayed = _finite(predict(opened.again, outcome.adversarial, CHUNK), subject)
+    outcome, replayed, check = checks.settle_all(_evidence(opened, trial, outcome, own), opened.again, replayed)
     return Faced(trial, outcome, replayed, check, own, float_robust)
 
 
