@@ -242,7 +242,7 @@ def other_label() -> None:
         (lambda: None, {"baseline": "no.json"}, "there is no such verdict"),
         (lambda: None, {"baseline": "runs"}, "a folder, not a verdict.json"),
         (lambda: None, {"baseline": "runs/tiny-1/student.safetensors"}, "not a verdict.json"),
-        (lambda: None, {"baseline": "runs/tiny-1/run.json"}, "not a verdict.json of schema 1"),
+        (lambda: None, {"baseline": "runs/tiny-1/run.json"}, "not a valid verdict.json: it has no verdict"),
         (lambda: VERDICT.write_text("{" * 100_000), {}, "not a verdict.json"),
         (lambda: VERDICT.write_text("[]"), {}, "not a verdict.json"),
         (rewritten(lambda one: one["data"].update(sha256="4" * 64)), {}, "the data differ: 444444444444 there"),
