@@ -198,8 +198,12 @@ class Page:
 
 
 @contextlib.contextmanager
-def adversarial(path: str | Path, trial: Trial) -> Iterator[Callable[[str, Examined], None]]:
-    """An .npz file that grows by one artifact at a time, so that the images of all need not be held at once."""
+def adversarial(path: str | Path) -> Iterator[Callable[[str, Trial, Examined], None]]:
+    """An .npz file that grows by one artifact at a time, so that the images of all need not be held at once.
+
+    `images`, `labels` and `index` are those of the artifact that was attacked on most samples; one that was decided
+    earlier (looks.py) has the first of them.
+    """
     path = Path(path)
     if path.is_dir():
         raise EdgekitError("this is a folder, not a file", where=f"--save-adversarial {path}")
@@ -211,14 +215,18 @@ def adversarial(path: str | Path, trial: Trial) -> Iterator[Callable[[str, Exami
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 numpy.lib.format.write_array(file, numpy.asarray(value), allow_pickle=False)
 
-        def add(name: str, examined: Examined) -> None:
+        longest: list[Trial] = []
+
+        def add(name: str, trial: Trial, examined: Examined) -> None:
+            longest[:] = [max([trial, *longest], key=lambda one: len(one.labels))]
             attacks, sources = examined.outcome.won()
             put(f"{name}/adversarial", examined.outcome.adversarial.numpy())
             put(f"{name}/fooled", ~examined.outcome.robust.numpy())
             put(f"{name}/attack", numpy.array(attacks, dtype=str))
             put(f"{name}/source", numpy.array(sources, dtype=str))
 
-        put("images", trial.images.numpy())
-        put("labels", trial.labels.numpy())
-        put("index", trial.index.numpy())
         yield add
+        for trial in longest:
+            put("images", trial.images.numpy())
+            put("labels", trial.labels.numpy())
+            put("index", trial.index.numpy())

@@ -27,6 +27,7 @@ from edgekit.recipe import read
 from edgekit.runs import Run
 
 SAMPLES = 1000
+EVERY = 2**31 - 1  # as a number of samples: all that there are
 SPLIT = "test"
 OWN_VERDICTS = Path("edgekit-verdicts")  # of files that belong to no run
 
@@ -133,7 +134,7 @@ def _attackable(network: Network) -> Network:
 
 
 def _few(split: Split, samples: int | None) -> None:
-    if samples is not None and len(split) < samples:
+    if samples is not None and len(split) < samples < EVERY:
         say(f"There are {len(split):,} test images; all of them are drawn.")
 
 

@@ -137,6 +137,16 @@ def verify(
         bool, typer.Option("--self-test", help="Plant adversarial examples in a copy, and look whether they are found.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what was interrupted.")] = False,
+    until_decided: Annotated[
+        bool,
+        typer.Option(
+            "--until-decided", help="Draw further samples, up to --samples or all, until decided; five planned looks."
+        ),
+    ] = False,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="verdict.json", help="Compare with an earlier release's file, on the same samples."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(metavar="F.html", help="The HTML report, with curves.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="F.md", help="The verdict for a pull request.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="F.xml", help="The verdict as JUnit XML, for CI.")] = None,
@@ -187,6 +197,8 @@ def verify(
         grid=grid,
         self_test=self_test,
         resume=resume,
+        until_decided=until_decided,
+        baseline=baseline,
         save_adversarial=save_adversarial,
         report=report,
         markdown=markdown,

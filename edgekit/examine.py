@@ -4,8 +4,9 @@ It knows Classifiers only: no runs, no formats, no terminal.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from edgekit.attacks.campaign import CHUNK, SCORES, Memory, Outcome, confront, f
 from edgekit.checks import alike, share
 from edgekit.classifier import Classifier, Wrapped, predict
 from edgekit.errors import EdgekitError
-from edgekit.verdict import ArtifactVerdict, AttackResult, Rules
+from edgekit.verdict import ArtifactVerdict, AttackResult, Check, Planned, Rules, Versus
+
+# (N,) places in the data, right when clean, robust; the pairs (attack, source) -> against an earlier release.
+Earlier = Callable[[Tensor, Tensor, Tensor, Collection[tuple[str, str]], Rules], Versus]
 
 Advance = Callable[[Attack, int], None]
 Watch = Callable[[str, int], Advance]
@@ -35,6 +39,9 @@ class Trial:
     seed: int = 0
     norm: str = "Linf"
     grid: bool = False
+
+    def __getitem__(self, chosen: slice) -> "Trial":
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen], index=self.index[chosen])
 
     def run(
         self,
@@ -97,6 +104,51 @@ class Beside:
     own: Outcome
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A file ready to be attacked.
+
+    Attributes:
+        judged: its own answers.    sources: whose gradients are followed, by name.
+        probe: images that tell whether its answers depend on the batch; the same for every opening.
+    """
+
+    subject: Subject
+    judged: Classifier
+    sources: dict[str, Classifier]
+    probe: Tensor
+
+    @cached_property
+    def again(self) -> Classifier:
+        """The file opened once more, which is shown nothing but what fooled it: the replay."""
+        return one_by_one_where_needed(self.subject.open(), self.probe)
+
+
+@dataclass(frozen=True)
+class Faced:
+    """What a file and its student went through on the samples of `trial`, each replay taken into account.
+
+    Attributes:
+        replayed: (N, K), what a freshly opened file answers to the adversarial images; `repeats` is that check.
+        own: the student under its own gradients; float_robust (N,) bool: under all that the file faced.
+    """
+
+    trial: Trial
+    outcome: Outcome
+    replayed: Tensor
+    repeats: Check
+    own: Outcome | None
+    float_robust: Tensor | None
+
+    @cached_property
+    def clean_right(self) -> Tensor:
+        return self.outcome.clean.argmax(1) == self.trial.labels
+
+    @cached_property
+    def float_clean_right(self) -> Tensor | None:
+        return None if self.own is None else self.own.clean.argmax(1) == self.trial.labels
+
+
 def examine(
     subject: Subject,
     beside: Beside | None,
@@ -107,6 +159,7 @@ def examine(
     memory: Callable[[str], Memory | None] = lambda judge: None,
     *,
     self_test: bool = False,
+    earlier: Earlier | None = None,
 ) -> Examined:
     """Attack one file from every source that there is, and the float student, if there is one, from the same ones.
 
@@ -115,14 +168,24 @@ def examine(
         watch: the name of a judge and its number of sources -> what is told of the progress.
         memory: the name of a judge -> what remembers the finished parts of the attack on it.
         self_test: also plant adversarial examples in a copy of the file and look whether they are found.
+        earlier: holds the file against an earlier release of it.
     Raises:
         EdgekitError: the file answers with numbers that are none, or nothing that was asked for can attack it.
     """
+    opened = prepare(subject, None if beside is None else beside.student, trial, surrogates)
+    faced = face(opened, beside, trial, watch, memory)
+    return conclude(opened, faced, rules, self_test=self_test, earlier=earlier)
+
+
+def prepare(
+    subject: Subject, student: Classifier | None, trial: Trial, surrogates: Mapping[str, Classifier] | None = None
+) -> Opened:
+    """Open a file and look whether anything that was asked for can attack it; as `examine` explains."""
     judged = one_by_one_where_needed(subject.open(), trial.images)
     # The first session that ONNX Runtime opens in a process turns this off for the thread.
     torch.set_flush_denormal(True)
     _finite(predict(judged, trial.images[:CHUNK], CHUNK), subject)
-    sources = {"float": beside.student} if beside else {}
+    sources = {"float": student} if student else {}
     sources |= ({"twin": subject.twin} if subject.twin else {}) | dict(surrogates or {})
     if not any(followed(attack, judged, sources) for attack in trial.attacks):
         first = trial.attacks[0]
@@ -132,12 +195,31 @@ def examine(
             where=subject.file,
             mend="Add an attack that needs none (nes500, square5000), or name a --source",
         )
-    outcome = trial.run(judged, sources, watch(subject.name, len(sources)), memory(subject.name))
+    return Opened(subject, judged, sources, trial.images[:16])
+
+
+def face(
+    opened: Opened,
+    beside: Beside | None,
+    trial: Trial,
+    watch: Watch = lambda name, sources: lambda attack, samples: None,
+    memory: Callable[[str], Memory | None] = lambda judge: None,
+) -> Faced:
+    """Attack file and student on the samples of `trial`, and replay what fooled; as `examine` explains."""
+    subject = opened.subject
+    outcome = trial.run(opened.judged, opened.sources, watch(subject.name, len(opened.sources)), memory(subject.name))
     _finite(outcome.clean, subject)
     float_robust = None if beside is None else _float_robust(subject, beside, trial, watch, memory)
-    evidence = checks.Evidence(
-        judged,
-        sources,
+    own = None if beside is None else beside.own
+    replayed = _finite(predict(opened.again, outcome.adversarial, CHUNK), subject)
+    outcome, replayed, check = checks.settle_all(_evidence(opened, trial, outcome, own), opened.again, replayed)
+    return Faced(trial, outcome, replayed, check, own, float_robust)
+
+
+def _evidence(opened: Opened, trial: Trial, outcome: Outcome, own: Outcome | None) -> checks.Evidence:
+    return checks.Evidence(
+        opened.judged,
+        opened.sources,
         trial.attacks,
         trial.images,
         trial.labels,
@@ -145,43 +227,65 @@ def examine(
         trial.epsilon,
         trial.seed,
         outcome,
-        None if beside is None else beside.own.adversarial,
+        None if own is None else own.adversarial,
         trial.norm,
         trial.grid,
     )
-    opened_again = one_by_one_where_needed(subject.open(), trial.images)
-    replayed = _finite(predict(opened_again, outcome.adversarial, CHUNK), subject)
-    outcome, replayed, replay_check = checks.settle_all(evidence, opened_again, replayed)
+
+
+def conclude(
+    opened: Opened,
+    faced: Faced,
+    rules: Rules,
+    *,
+    self_test: bool = False,
+    earlier: Earlier | None = None,
+    planned: Planned | None = None,
+) -> Examined:
+    """The verdict on a file whose attacks are over: the checks are made, and the figures held against the rules.
+
+    Args:
+        self_test, earlier: as `examine` explains them.    planned: the look at which it was decided, where some were.
+    """
+    subject, trial, outcome = opened.subject, faced.trial, faced.outcome
     begin = time.perf_counter()
-    found = [replay_check, checks.same_answer_twice(judged, outcome.clean, trial.images)]
-    if float_robust is not None:
-        found.append(checks.robust_accuracy_did_not_rise(float_robust, outcome.robust, rules))
-    found += checks.scrutinize(replace(evidence, outcome=outcome), self_test=self_test)
+    found = [faced.repeats, checks.same_answer_twice(opened.judged, outcome.clean, trial.images)]
+    if faced.float_robust is not None:
+        found.append(checks.robust_accuracy_did_not_rise(faced.float_robust, outcome.robust, rules))
+    found += checks.scrutinize(_evidence(opened, trial, outcome, faced.own), self_test=self_test)
     seconds = time.perf_counter() - begin
     fidelity = None
     if subject.twin:
-        fidelity, check = checks.twin_fidelity(subject.twin, trial.images, outcome, replayed)
+        fidelity, check = checks.twin_fidelity(subject.twin, trial.images, outcome, faced.replayed)
         found.append(check)
-    clean_right = outcome.clean.argmax(1) == trial.labels
-    float_clean = None if beside is None else beside.own.clean.argmax(1)
-    judgement = verdict.judged(
+    judgement = judge(
+        opened, faced, rules, earlier=earlier, planned=planned, twin=fidelity, checks=found, checks_seconds=seconds
+    )
+    if not any(source != SCORES for _, source in outcome.fooled):
+        judgement = replace(judgement, why=f"{judgement.why}; it rests on its scores alone, no gradients were followed")
+    return Examined(judgement, outcome, faced.replayed.argmax(1), opened.judged, faced.float_robust)
+
+
+def judge(
+    opened: Opened, faced: Faced, rules: Rules, *, earlier: Earlier | None = None, **known: Any
+) -> ArtifactVerdict:
+    """What the figures alone say of a file, and what is `known` beside them, as verdict.judged takes it."""
+    subject, trial, outcome, clean_right = opened.subject, faced.trial, faced.outcome, faced.clean_right
+    float_clean = None if faced.own is None else faced.own.clean.argmax(1)
+    return verdict.judged(
         rules,
         clean_right,
         outcome.robust,
         **subject.about(),
         attacks=[_result(attack, outcome) for attack in trial.attacks if attack.name not in outcome.skipped],
         judged_on=subject.judged_on,
-        float_clean_right=None if float_clean is None else float_clean == trial.labels,
-        float_robust_right=float_robust,
+        float_clean_right=faced.float_clean_right,
+        float_robust_right=faced.float_robust,
         agreement=None if float_clean is None else share(float_clean == outcome.clean.argmax(1)),
-        twin=fidelity,
-        checks=found,
-        checks_seconds=seconds,
+        baseline=None if earlier is None else earlier(trial.index, clean_right, outcome.robust, outcome.fooled, rules),
         undecidable=_guessing(subject, clean_right, rules),
+        **known,
     )
-    if not any(source != SCORES for _, source in outcome.fooled):
-        judgement = replace(judgement, why=f"{judgement.why}; it rests on its scores alone, no gradients were followed")
-    return Examined(judgement, outcome, replayed.argmax(1), judged, float_robust)
 
 
 def _float_robust(

@@ -50,6 +50,58 @@ class Changes:
 
 
 @dataclass(frozen=True)
+class Since:
+    """Artifact minus the earlier release's file on the same samples; as `Change`."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    only_baseline: int  # samples that only the earlier file gets right
+    only_artifact: int
+
+
+@dataclass(frozen=True)
+class Versus:
+    """A file against that of an earlier release; `verdict` is survived, lost or inconclusive, as against the student.
+
+    Attributes:
+        name, sha256, edgekit: of the earlier artifact, its file, and the edgekit that judged it.
+        robust_accuracy: the earlier file's, on the same samples.
+    """
+
+    name: str
+    sha256: str
+    edgekit: str
+    robust_accuracy: Accuracy
+    clean: Since
+    robust: Since
+    verdict: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The look at which a file was decided, of those that were planned before anything was attacked.
+
+    Attributes:
+        looks: how many were planned.    look: the one that these figures are of, counted from 1.
+        samples, boundaries: of every look that was planned: how many samples there are, and the normal quantile of
+            the intervals.
+        boundary, confidence: of this look.
+        decided: whether its intervals decide; where not, the samples came to their end.
+    """
+
+    looks: int
+    look: int
+    samples: tuple[int, ...]
+    boundaries: tuple[float, ...]
+    boundary: float
+    confidence: float
+    decided: bool
+
+
+@dataclass(frozen=True)
 class AttackResult:
     """One attack: accuracy under the worst of its sources for each sample, and under each source alone."""
 
@@ -114,6 +166,8 @@ class ArtifactVerdict:
     float_robust_accuracy: Accuracy | None = None
     attacks: tuple[AttackResult, ...] = ()
     change: Changes | None = None
+    baseline: Versus | None = None
+    plan: Planned | None = None
     agreement: float | None = None
     twin: Twin | None = None
     checks: tuple[Check, ...] = ()
@@ -147,6 +201,10 @@ class Verdict:
     float: FloatStudent | None = None
     artifacts: tuple[ArtifactVerdict, ...]
     report: str | None = None
+
+    def drawn(self, one: ArtifactVerdict) -> int:
+        """How many samples the figures of one of the artifacts rest on."""
+        return self.samples if one.plan is None else one.plan.samples[one.plan.look - 1]
 
     @property
     def exit_code(self) -> int:
@@ -194,6 +252,42 @@ def compare(
     return Change((only_artifact - only_float) / len(answers), low, high, p_value, only_float, only_artifact)
 
 
+def versus(
+    rules: Rules,
+    earlier: tuple[Sequence[bool] | Any, Sequence[bool] | Any],
+    now: tuple[Sequence[bool] | Any, Sequence[bool] | Any],
+    *,
+    name: str,
+    sha256: str,
+    edgekit: str,
+    doubt: str | None = None,
+) -> Versus:
+    """Hold a file against that of an earlier release, by the rules that hold against the float student.
+
+    Args:
+        earlier, now: right when clean, and robust, each (N,) bool over the same samples in the same order.
+        name, sha256, edgekit: as Versus explains them.
+        doubt: why nothing is decided of the robust accuracy, where that is known.
+    """
+    (clean_before, robust_before), (clean, robust) = map(_both, (earlier, now))
+    confidence = rules.confidence
+    change = Changes(compare(clean_before, clean, confidence), compare(robust_before, robust, confidence))
+    before = accuracy(robust_before, confidence)
+    verdict, why = _against(rules, change, len(robust), "against the baseline, ")
+    if before.low <= rules.tolerance:
+        doubt = f"the baseline has no robustness to lose: {_percent(before)}"
+    if doubt and not change.clean.high < -rules.clean_tolerance:
+        verdict, why = "inconclusive", f"{why}; {doubt}"
+    clean_since, robust_since = (Since(*dataclasses.astuple(one)) for one in (change.clean, change.robust))
+    return Versus(name, sha256, edgekit, before, clean_since, robust_since, verdict, why)
+
+
+def _both(answers: tuple[Any, Any]) -> tuple[Any, Any]:
+    """What is wrong when clean is not robust, whatever the attack says."""
+    clean = _booleans(answers[0])
+    return clean, clean & _booleans(answers[1])
+
+
 def _booleans(right: Any) -> Any:
     import numpy as np
 
@@ -212,18 +306,23 @@ def decide(
     samples: int,
     checks: Iterable[Check] = (),
     undecidable: str | None = None,
+    baseline: Versus | None = None,
 ) -> tuple[str, str]:
     """The verdict on one file and the sentence that says why.
 
     Args:
         float_robust_accuracy, change: against the float student; both None for a file that has none beside it.
+        baseline: against an earlier release: what is lost there is lost; that it is not shown to be as good as the
+            earlier one counts only where there is nothing else to hold it against.
         undecidable: why this data cannot decide, where the caller knows that it cannot.
     """
     findings: list[tuple[str, str]] = []
     if change is not None:
-        findings.append(_against_float(rules, change, samples))
+        findings.append(_against(rules, change, samples))
     if rules.at_least is not None:
         findings.append(_against_floor(rules.at_least, robust_accuracy))
+    if baseline is not None and (baseline.verdict == "lost" or not findings):
+        findings.append((baseline.verdict, baseline.why))
     if not findings:
         robust = (
             f"robust accuracy is {_percent(robust_accuracy)}; no float student and no --at-least to hold it against"
@@ -240,23 +339,28 @@ def decide(
             f"whose low end is not above the {points(rules.tolerance)} allowed"
         )
     # A loss of clean accuracy was found without any attack: no doubt about the attack takes it back.
-    clean_lost = change is not None and change.clean.high < -rules.clean_tolerance
+    compared = [one.clean for one in (change, baseline) if one is not None]
+    clean_lost = any(clean.high < -rules.clean_tolerance for clean in compared)
     if doubts and not clean_lost:
         return "inconclusive", "; ".join(doubts)
     return verdict, "; ".join([why, *doubts])
 
 
-def _against_float(rules: Rules, change: Changes, samples: int) -> tuple[str, str]:
+def _against(rules: Rules, change: Changes, samples: int, against: str = "") -> tuple[str, str]:
+    """By the paired change alone; `against` begins each sentence."""
     compared = (("robust", change.robust, rules.tolerance), ("clean", change.clean, rules.clean_tolerance))
+    said = {kind: f"{against}{_said(kind, one)}" for kind, one, _ in compared}
     lost = [
-        _said(*row) + f": all of the interval is beyond {_allowed(row)}" for row in compared if row[1].high < -row[2]
+        f"{said[kind]}: all of the interval is beyond {_allowed(tolerance)}"
+        for kind, one, tolerance in compared
+        if one.high < -tolerance
     ]
     if lost:
         return "lost", "; ".join(lost)
     open_ends = [
-        _said(*row) + f": the interval holds losses within {_allowed(row)} and beyond"
-        for row in compared
-        if row[1].low < -row[2]
+        f"{said[kind]}: the interval holds losses within {_allowed(tolerance)} and beyond"
+        for kind, one, tolerance in compared
+        if one.low < -tolerance
     ]
     if open_ends:
         strictest = min(rules.tolerance, rules.clean_tolerance)
@@ -264,7 +368,7 @@ def _against_float(rules: Rules, change: Changes, samples: int) -> tuple[str, st
             within = f"within {points(strictest)} of a file that changes no answer"
             open_ends.append(f"{samples:,} samples are too few to say 'survived' {within}")
         return "inconclusive", "; ".join(open_ends)
-    return "survived", "; ".join(_said(*row) + f", within {_allowed(row)}" for row in compared)
+    return "survived", "; ".join(f"{said[kind]}, within {_allowed(tolerance)}" for kind, _, tolerance in compared)
 
 
 def _against_floor(at_least: float, robust: Accuracy) -> tuple[str, str]:
@@ -276,13 +380,13 @@ def _against_floor(at_least: float, robust: Accuracy) -> tuple[str, str]:
     return "inconclusive", f"{said}: the interval reaches below {asked} and above"
 
 
-def _said(kind: str, change: Change, _: float) -> str:
+def _said(kind: str, change: Change) -> str:
     ends = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
     return f"{kind} accuracy changed by {100 * change.value:+.1f} points ({ends})"
 
 
-def _allowed(row: tuple[str, Change, float]) -> str:
-    return f"the {points(row[2])} allowed"
+def _allowed(tolerance: float) -> str:
+    return f"the {points(tolerance)} allowed"
 
 
 def _percent(share: Accuracy) -> str:
@@ -309,6 +413,8 @@ def judged(
     checks: Iterable[Check] = (),
     checks_seconds: float | None = None,
     undecidable: str | None = None,
+    baseline: Versus | None = None,
+    planned: Planned | None = None,
 ) -> ArtifactVerdict:
     """The verdict on one file from what each sample did; every array (N,) bool over the same samples.
 
@@ -316,6 +422,7 @@ def judged(
         clean_right, robust_right: the file's answer is right on the clean image; right under every attack and source.
         float_clean_right, float_robust_right: the same of the float student, under every (attack, source, seed,
             restart) that the file faced; both None for a file that has no student beside it.
+        planned: the look that this is; `rules.confidence` is then that look's.
     A sample that is wrong when clean counts as not robust, whatever the attack says.
     """
     clean = _booleans(clean_right)
@@ -335,6 +442,7 @@ def judged(
         samples=len(clean),
         checks=checks,
         undecidable=undecidable,
+        baseline=baseline,
     )
     return ArtifactVerdict(
         name=name,
@@ -348,6 +456,8 @@ def judged(
         float_robust_accuracy=float_accuracy,
         attacks=tuple(attacks),
         change=change,
+        baseline=baseline,
+        plan=planned,
         agreement=agreement,
         twin=twin,
         checks=checks,

@@ -7,7 +7,7 @@ kept of it in archive.py.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekit import __version__, archive, foreign, verdict
+from edgekit import __version__, archive, foreign, looks, planned, verdict
+from edgekit import baseline as earlier
 from edgekit import judge as judges
 from edgekit.archive import Notebook
-from edgekit.assignment import Assignment, assign, surrogate
+from edgekit.assignment import EVERY, Assignment, assign, surrogate
 from edgekit.attacks import Attack, parse
 from edgekit.attacks.campaign import Outcome
 from edgekit.checks import share
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
 from edgekit.errors import ENVIRONMENT, EdgekitError, printable
-from edgekit.examine import Advance, Beside, Examined, Trial, examine
+from edgekit.examine import Advance, Beside, Earlier, Examined, Trial, Watch, examine
 from edgekit.files import digest, sha256, write_text
 from edgekit.foreign import Said
+from edgekit.looks import Looks
+from edgekit.planned import Plan
 from edgekit.recipe import typed
 from edgekit.report import page
 from edgekit.report.evidence import Curves, Evidence, FileEvidence, gather
@@ -52,6 +55,8 @@ def verify(
     grid: bool = False,
     self_test: bool = False,
     resume: bool = False,
+    until_decided: bool = False,
+    baseline: str | Path | None = None,
     save_adversarial: str | Path | None = None,
     report: str | Path | None = None,
     markdown: str | Path | None = None,
@@ -84,6 +89,9 @@ def verify(
         grid: only images of uint8 values, which a camera or a decoder can deliver, count as adversarial.
         self_test: also plant adversarial examples in a copy of each file and look whether the attacks find them.
         resume: continue what was interrupted under the same options; from the beginning where there is nothing.
+        until_decided: draw further samples, up to `samples` or all, until every file is decided: at most five looks
+            that are planned beforehand, with intervals that allow for them (planned.py).
+        baseline: verdict.json of an earlier release: each file is also compared with that release's, sample by sample.
         save_adversarial: an .npz file for the adversarial images (CLI.md).
         report: a copy of the HTML report; it then also holds accuracy against epsilon and steps, which takes a while.
         markdown, junit: the verdict for a pull request, and as JUnit XML for CI.
@@ -111,7 +119,20 @@ def verify(
     copies = _copies({"--report": report, "--markdown": markdown, "--junit": junit})
     torch.set_flush_denormal(True)
     said = Said(mean, std, layout, channels, output, None if classes is None else Path(classes), resize, size)
-    assignment = assign(what, None if data is None else Path(data), said, samples, seed, radius, judge)
+    before = None if baseline is None else earlier.read(baseline)
+    most = EVERY if until_decided and samples is None else samples
+    assignment = assign(what, None if data is None else Path(data), said, most, seed, radius, judge)
+    plan = None
+    if until_decided:
+        if assignment.student is None and at_least is None and before is None:
+            raise EdgekitError(
+                "there is nothing to decide: no float student lies beside this file",
+                where="--until-decided",
+                mend="Say --at-least P, or --baseline verdict.json",
+            )
+        plan = planned.plan(len(assignment.split))
+        order = looks.ordered(assignment.split.labels, assignment.split.index, seed)
+        assignment = replace(assignment, split=assignment.split[order])
     trial = Trial(
         attacks,
         assignment.split.floats(),
@@ -122,18 +143,32 @@ def verify(
         norm or "Linf",
         grid,
     )
+    names = [entry.about["name"] for entry in assignment.entries]
+    compared = earlier.held_against(before, names, trial, assignment.data, some=until_decided) if before else {}
+    if plan is not None:
+        say(_announced(plan))
     if assignment.student is not None:
-        say(power_sentence(len(trial.labels), rules.tolerance, rules.clean_tolerance))
-    notebook = Notebook(assignment.verdicts, _key(assignment, trial, source, judge), fresh=not resume)
+        last = rules.confidence if plan is None else plan.confidence(plan.looks)
+        say(power_sentence(len(trial.labels), rules.tolerance, rules.clean_tolerance, confidence=last))
+    notebook = Notebook(assignment.verdicts, _key(assignment, trial, source, judge, plan), fresh=not resume)
     if resume:
         say(f"{notebook.parts} finished parts are taken up" if notebook.parts else "There is nothing to continue.")
     with contextlib.ExitStack() as stack:
         stack.enter_context(_kept(notebook, command if resume else f"{command} --resume"))
         stack.enter_context(_torch_threads(assignment.threads))
         surrogates = {} if source is None else surrogate(Path(source), assignment)
-        archived = stack.enter_context(archive.adversarial(save_adversarial, trial)) if save_adversarial else None
+        archived = stack.enter_context(archive.adversarial(save_adversarial)) if save_adversarial else None
         results = _examine_all(
-            assignment, surrogates, trial, rules, notebook, archived, self_test=self_test, curves="--report" in copies
+            assignment,
+            surrogates,
+            trial,
+            rules,
+            notebook,
+            archived,
+            self_test=self_test,
+            curves="--report" in copies,
+            compared=compared,
+            plan=plan,
         )
         document = verdict.summarize(
             rules,
@@ -141,7 +176,7 @@ def verify(
             attacks=[one.name for one in attacks],
             norm=trial.norm,
             epsilon=trial.epsilon,
-            samples=len(trial.labels),
+            samples=results.samples,
             seed=seed,
             data=assignment.data,
             machine=verdict.Machine(**judges.machine_block()),
@@ -185,7 +220,17 @@ def _copies(asked: dict[str, str | Path | None]) -> dict[str, Path]:
     return found
 
 
-def _key(assignment: Assignment, trial: Trial, source: str | Path | None, judge: str | None) -> str:
+def _announced(plan: Plan) -> str:
+    """The plan, said before anything is attacked."""
+    counts = ", ".join(f"{count:,}" for count in plan.samples)
+    quantiles = ", ".join(f"{boundary:.2f}" for boundary in plan.boundaries)
+    return (
+        f"Up to {plan.looks} looks, at {counts} samples, with intervals of {quantiles} standard errors "
+        "(O'Brien-Fleming): together they err as seldom as one look."
+    )
+
+
+def _key(assignment: Assignment, trial: Trial, source: str | Path | None, judge: str | None, plan: Plan | None) -> str:
     """A digest of all that a finished part of an attack depends on."""
     images, labels = (part.numpy().tobytes() for part in (assignment.split.images, trial.labels))
     return digest(
@@ -206,6 +251,7 @@ def _key(assignment: Assignment, trial: Trial, source: str | Path | None, judge:
                 "threads": assignment.threads,
                 "source": None if source is None else _fingerprint(Path(source)),
                 "judge": judge,
+                "looks": None if plan is None else plan.samples,
             },
             sort_keys=True,
         ),
@@ -223,6 +269,7 @@ def _fingerprint(source: Path) -> str:
 class _Results:
     """What examining all files gave: verdicts, evidence for the report, and lines of samples.jsonl."""
 
+    samples: int = 0  # of the file that needed most
     float_student: FloatStudent | None = None
     float_curves: Curves = field(default_factory=Curves)
     artifacts: list[ArtifactVerdict] = field(default_factory=list)
@@ -236,10 +283,12 @@ def _examine_all(
     trial: Trial,
     rules: Rules,
     notebook: Notebook,
-    archived: Callable[[str, Examined], None] | None,
+    archived: Callable[[str, Trial, Examined], None] | None,
     *,
     self_test: bool,
     curves: bool,
+    compared: Mapping[str, Earlier],
+    plan: Plan | None,
 ) -> _Results:
     """Examine every file, one after the other; what ends one of them ends all only where it ends each of them.
 
@@ -249,54 +298,69 @@ def _examine_all(
     results, faults = _Results(), list[EdgekitError]()
     with progress() as bar:
 
-        def watch(name: str, sources: int) -> Advance:
-            tasks: dict[str, Any] = {}
+        def watching(samples: int) -> Watch:
+            def watch(name: str, sources: int) -> Advance:
+                tasks: dict[str, Any] = {}
 
-            def advance(attack: Attack, samples: int) -> None:
-                if attack.name not in tasks:
-                    total = (sources if attack.gradients and not attack.needs else 1) * len(trial.labels)
-                    tasks[attack.name] = bar.add_task(f"{printable(name)}, {attack.name}", total=total, note="")
-                bar.update(tasks[attack.name], advance=samples)
+                def advance(attack: Attack, done: int) -> None:
+                    if attack.name not in tasks:
+                        total = (sources if attack.gradients and not attack.needs else 1) * samples
+                        tasks[attack.name] = bar.add_task(f"{printable(name)}, {attack.name}", total=total, note="")
+                    bar.update(tasks[attack.name], advance=done)
 
-            return advance
+                return advance
 
-        beside = None
-        if (student := assignment.student) is not None:
+            return watch
+
+        student, watch = assignment.student, watching(len(trial.labels))
+        beside, planned_looks = None, None
+        if plan is not None:
+            planned_looks = Looks(plan, trial, student, surrogates, watching, notebook.page)
+        elif student is not None:
             sources = {"float": student} | surrogates
             own = trial.run(student, sources, watch("float student", len(sources)), notebook.page("float student"))
             results.float_student = _float_student(own, trial, rules)
             beside = Beside(student, own)
-            if curves:
-                results.float_curves = sweep(student, student, trial)
             if bar.disable:
                 say(f"float student: {_percent(own.robust)} robust under its own gradients")
+        if student is not None and curves:
+            results.float_curves = sweep(student, student, trial)
         for entry in assignment.entries:
             name = entry.about["name"]
+            seen_trial, own = trial, None if beside is None else beside.own
+            checked = {"self_test": self_test, "earlier": compared.get(name)}
             try:
                 subject = entry.subject()
-                examined = examine(subject, beside, trial, rules, surrogates, watch, notebook.page, self_test=self_test)
+                if planned_looks is None:
+                    examined = examine(subject, beside, trial, rules, surrogates, watch, notebook.page, **checked)
+                else:
+                    examined, faced = looks.until_decided(subject, planned_looks, rules, **checked)
+                    seen_trial, own = faced.trial, faced.own
             except EdgekitError as error:
                 # What the other files went through for minutes is not thrown away for this one.
                 faults.append(error)
                 say(f"{name} is not judged: {error}")
                 results.artifacts.append(verdict.not_run(**entry.about, why=str(error)))
                 continue
+            results.samples = max(results.samples, len(seen_trial.labels))
             if bar.disable:
                 seconds = sum(examined.outcome.seconds.values())
-                checked = f"checks {examined.verdict.checks_seconds or 0:.1f} s"
-                say(f"{name}: {_percent(examined.outcome.robust)} robust ({seconds:.1f} s, {checked})")
+                spent = f"checks {examined.verdict.checks_seconds or 0:.1f} s"
+                say(f"{name}: {_percent(examined.outcome.robust)} robust ({seconds:.1f} s, {spent})")
             if examined.outcome.skipped:
                 say(f"{name}: {', '.join(examined.outcome.skipped)} did not run: no source for it")
             results.artifacts.append(examined.verdict)
-            seen = _evidence(name, trial, beside, examined)
+            seen = _evidence(name, seen_trial, Beside(student, own) if student and own else None, examined)
             source = subject.twin or student or next(iter(surrogates.values()), None)
             if curves and source is not None:
                 say(f"{name}: accuracy against epsilon and steps, for the report")
-                seen = replace(seen, curves=sweep(examined.judged, source, trial))
+                seen = replace(seen, curves=sweep(examined.judged, source, seen_trial))
             results.files.append(seen)
-            results.lines += archive.lines(name, trial, None if beside is None else beside.own, examined)
+            results.lines += archive.lines(name, seen_trial, own, examined)
             if archived:
-                archived(name, examined)
+                archived(name, seen_trial, examined)
+        if planned_looks is not None:
+            results.float_student = planned_looks.float_student()
     if not results.lines:
         raise next((one for one in faults if one.exit_code != ENVIRONMENT), None) or EdgekitError(
             f"nothing could run here ({faults[0]})", exit_code=ENVIRONMENT

@@ -6,7 +6,7 @@ from pathlib import Path
 from edgekit.files import write_text
 from edgekit.report import words
 from edgekit.report.words import NONE
-from edgekit.verdict import Accuracy, ArtifactVerdict, Change, Verdict
+from edgekit.verdict import Accuracy, ArtifactVerdict, Change, Since, Verdict
 
 MARKS = {"survived": "✅", "measured": "ℹ️", "inconclusive": "❔", "not_run": "⏭️", "lost": "❌"}
 
@@ -23,19 +23,23 @@ def write(verdict: Verdict, path: Path) -> None:
 
 def to_markdown(verdict: Verdict) -> str:
     """The verdict in one line, a row for each file, and below the table why each got its verdict."""
-    header = ("file", "kB", "clean", "robust", "change of robust, points", "verdict")
+    compared = any(one.baseline for one in verdict.artifacts)
+    since = ("since baseline, points",) if compared else ()
+    header = ("file", "kB", "clean", "robust", "change of robust, points", *since, "verdict")
     lines = [
         f"**{_title(verdict.verdict)}**: {text(words.closing(verdict, 'below'))}",
         "",
         _row(header),
-        _row(("---", "--:", "--:", "--:", "--:", "---")),
+        _row(("---", "--:", "--:", "--:", "--:", *["--:"] * compared, "---")),
     ]
     if verdict.float is not None:
         clean, robust = verdict.float.clean_accuracy, verdict.float.robust_accuracy
-        lines.append(_row(("float student, own gradients", NONE, _accuracy(clean), _accuracy(robust), NONE, NONE)))
-    lines += [_row(_cells(one)) for one in verdict.artifacts]
-    lines += ["", *(f"- {code(one.name)}: {text(one.why)}" for one in verdict.artifacts), ""]
-    said = f"{words.heading(verdict)}. In brackets {100 * verdict.confidence:g} % intervals. edgekit {verdict.edgekit}."
+        lines.append(
+            _row(("float student, own gradients", NONE, _accuracy(clean), _accuracy(robust), *[NONE] * (2 + compared)))
+        )
+    lines += [_row(_cells(one, compared)) for one in verdict.artifacts]
+    lines += ["", *(f"- {code(one.name)}: {text(_why(one))}" for one in verdict.artifacts), ""]
+    said = f"{words.heading(verdict)}. In brackets {words.confidence(verdict)}. edgekit {verdict.edgekit}."
     return "\n".join([*lines, f"<sub>{text(said)}</sub>", ""])
 
 
@@ -57,11 +61,18 @@ def _row(cells: tuple[str, ...]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(one: ArtifactVerdict) -> tuple[str, ...]:
+def _why(one: ArtifactVerdict) -> str:
+    """Why the file got its verdict, and what that rests on that no column shows."""
+    more = [words.look(one.plan)] if one.plan else []
+    return "; ".join([one.why, *more, *([words.since(one.baseline)] if one.baseline else [])])
+
+
+def _cells(one: ArtifactVerdict, compared: bool) -> tuple[str, ...]:
     robust = one.change.robust if one.change else None
     size = f"{one.bytes / 1000:,.0f}"
     figures = (_accuracy(one.clean_accuracy), _accuracy(one.robust_accuracy), _change(robust))
-    return (code(one.name), size, *figures, _title(one.verdict))
+    since = (_change(one.baseline and one.baseline.robust),) if compared else ()
+    return (code(one.name), size, *figures, *since, _title(one.verdict))
 
 
 def _title(verdict: str) -> str:
@@ -72,5 +83,5 @@ def _accuracy(accuracy: Accuracy | None) -> str:
     return NONE if accuracy is None else f"{words.percent(accuracy.value)} {words.ends(accuracy)}"
 
 
-def _change(change: Change | None) -> str:
+def _change(change: Change | Since | None) -> str:
     return NONE if change is None else words.signed(change)

@@ -55,6 +55,8 @@ def to_html(verdict: Verdict, evidence: Evidence | None = None, command: str = "
         heading=words.heading(verdict),
         epsilon=words.epsilon(verdict),
         asked=words.asked(verdict),
+        intervals=words.confidence(verdict),
+        compared=any(one.baseline for one in verdict.artifacts),
         float_name=FLOAT,
         files=files,
         attacks=_attacks(verdict),
@@ -185,10 +187,11 @@ def _card(verdict: Verdict, known: Evidence, picture: Picture) -> dict[str, Any]
 def _attacks(verdict: Verdict) -> list[dict[str, Any]]:
     """The rows of files x attacks: what is called so, and for each file its share and interval, or None."""
 
-    def figure(share: float | None) -> Accuracy | None:
+    def figure(one: ArtifactVerdict, share: float | None) -> Accuracy | None:
         if share is None:
             return None
-        return Accuracy(share, *statistics.wilson(round(share * verdict.samples), verdict.samples, verdict.confidence))
+        drawn, confidence = verdict.drawn(one), one.plan.confidence if one.plan else verdict.confidence
+        return Accuracy(share, *statistics.wilson(round(share * drawn), drawn, confidence))
 
     rows: list[dict[str, Any]] = []
     by_file = [{attack.name: attack for attack in one.attacks} for one in verdict.artifacts]
@@ -197,10 +200,11 @@ def _attacks(verdict: Verdict) -> list[dict[str, Any]]:
         sources = list(dict.fromkeys(source for one in here if one for source in one.sources))
         seconds = sum(one.seconds for one in here if one)
         note = "from scores alone" if sources == [words.SCORES] else "worst of its sources"
-        cells = [figure(one.robust_accuracy if one else None) for one in here]
+        pairs = list(zip(verdict.artifacts, here, strict=True))
+        cells = [figure(one, found.robust_accuracy if found else None) for one, found in pairs]
         rows.append({"name": words.name(attack), "note": note, "seconds": seconds, "cells": cells, "sub": False})
         for source in sources if len(sources) > 1 else ():
-            cells = [figure(one.sources.get(source) if one else None) for one in here]
+            cells = [figure(one, found.sources.get(source) if found else None) for one, found in pairs]
             rows.append({"name": f"from {words.name(source)}", "note": "", "seconds": 0.0, "cells": cells, "sub": True})
     return rows
 
@@ -251,7 +255,7 @@ def _facts(verdict: Verdict, known: Evidence, command: str) -> list[tuple[str, s
         "ball": f"{verdict.norm}, epsilon {words.epsilon(verdict)} ({verdict.epsilon!r} of the range [0, 1])",
         "samples": f"{verdict.samples:,} of the {verdict.data.split} split, seed {verdict.seed}{looks}",
         "asked": words.asked(verdict),
-        "confidence": f"{100 * verdict.confidence:g} %; Wilson for accuracies, Tango for paired changes",
+        "confidence": f"{words.confidence(verdict)}; Wilson for accuracies, Tango for paired changes",
         "data": f"{words.name(verdict.data.name)}, sha256 {verdict.data.sha256}",
         "processor": f"{verdict.machine.cpu}, int8 by {verdict.machine.int8_instructions}",
     }

@@ -31,14 +31,20 @@ def _table(verdict: Verdict) -> Table:
     table.add_column("file", overflow="fold")
     for figures in ("kB", "clean", "robust"):
         table.add_column(figures, justify="right", no_wrap=True)
+    compared = any(one.baseline for one in verdict.artifacts)
+    if compared:
+        table.add_column("robust since\nbaseline", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     if verdict.float is not None:
         clean, robust = verdict.float.clean_accuracy, verdict.float.robust_accuracy
-        table.add_row("float student,\nown gradients", NONE, _figure(clean, None), _figure(robust, None), NONE)
+        table.add_row(
+            "float student,\nown gradients", NONE, _figure(clean, None), _figure(robust, None), *[NONE] * (1 + compared)
+        )
     for one in verdict.artifacts:
         clean, robust = (one.change.clean, one.change.robust) if one.change else (None, None)
         figures = (_figure(one.clean_accuracy, clean), _figure(one.robust_accuracy, robust))
-        table.add_row(Text(plain(one.name)), f"{one.bytes / 1000:,.0f}", *figures, _word(one.verdict))
+        since = [_since(one)] if compared else []
+        table.add_row(Text(plain(one.name)), f"{one.bytes / 1000:,.0f}", *figures, *since, _word(one.verdict))
     return table
 
 
@@ -48,6 +54,14 @@ def _figure(accuracy: Accuracy | None, change: Change | None) -> Text:
         return Text(NONE)
     below = words.ends(accuracy) if change is None else words.signed(change)
     return Text(f"{words.percent(accuracy.value)}\n{below}")
+
+
+def _since(one: ArtifactVerdict) -> Text:
+    """The change against an earlier release, its interval below."""
+    if one.baseline is None:
+        return Text(NONE)
+    value, _, ends = words.signed(one.baseline.robust).partition(" ")
+    return Text(f"{value}\n{ends}")
 
 
 def _word(verdict: str) -> Text:

@@ -4,7 +4,7 @@ import re
 
 from edgekit.errors import printable
 from edgekit.statistics import points
-from edgekit.verdict import Accuracy, ArtifactVerdict, Change, Verdict
+from edgekit.verdict import Accuracy, ArtifactVerdict, Change, Planned, Since, Verdict, Versus
 
 NONE = "–"
 NAME = 120  # characters of a name that are shown: nobody reads more, and a table has no room for them
@@ -43,12 +43,12 @@ def ends(accuracy: Accuracy) -> str:
     return f"[{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
 
 
-def signed(change: Change) -> str:
+def signed(change: Change | Since) -> str:
     """A change and its interval, in points."""
     return f"{100 * change.value:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
 
 
-def p_value(change: Change) -> str:
+def p_value(change: Change | Since) -> str:
     return "below 0.001" if change.p_value < 0.001 else f"{change.p_value:.3f}"
 
 
@@ -65,7 +65,8 @@ def level(radius: float, norm: str = "Linf") -> str:
 
 def heading(verdict: Verdict) -> str:
     """What was done: the attacks, the ball, the samples."""
-    drawn = f"{verdict.samples:,} {verdict.data.split} samples of {verdict.data.name}, seed {verdict.seed}"
+    upto = "up to " if any(verdict.drawn(one) != verdict.samples for one in verdict.artifacts) else ""
+    drawn = f"{upto}{verdict.samples:,} {verdict.data.split} samples of {verdict.data.name}, seed {verdict.seed}"
     looks = f", look {verdict.looks} at this data" if verdict.looks > 1 else ""
     return f"{', '.join(verdict.attacks)} within {verdict.norm} epsilon {epsilon(verdict)} on {drawn}{looks}"
 
@@ -74,7 +75,14 @@ def brackets(verdict: Verdict) -> str:
     """What stands in brackets."""
     paired = any(one.change for one in verdict.artifacts)
     below = ", under an accuracy its change in points" if paired else ""
-    return f"In brackets {100 * verdict.confidence:g} % intervals{below}"
+    return f"In brackets {confidence(verdict)}{below}"
+
+
+def confidence(verdict: Verdict) -> str:
+    """What the intervals are."""
+    said = f"{100 * verdict.confidence:g} % intervals"
+    looks = max((one.plan.looks for one in verdict.artifacts if one.plan), default=1)
+    return f"{said} that allow for {looks} planned looks" if looks > 1 else said
 
 
 def facts(one: ArtifactVerdict) -> list[str]:
@@ -90,6 +98,8 @@ def facts(one: ArtifactVerdict) -> list[str]:
 def rests_on(one: ArtifactVerdict) -> list[str]:
     """The facts beside the attacks: the float student, the twin, the checks, the judge."""
     lines = []
+    if one.plan is not None:
+        lines.append(look(one.plan))
     if one.float_robust_accuracy is not None and one.change is not None:
         robust = one.change.robust
         samples = "sample withstands" if robust.only_float == 1 else "samples withstand"
@@ -97,6 +107,8 @@ def rests_on(one: ArtifactVerdict) -> list[str]:
             f"float student under the same attacks: {percent(one.float_robust_accuracy.value)}; {robust.only_float} "
             f"{samples} only there, {robust.only_artifact} only here (McNemar p {p_value(robust)})"
         )
+    if one.baseline is not None:
+        lines.append(since(one.baseline))
     if one.agreement is not None:
         lines.append(f"decides as the float student on {percent(one.agreement)} of the clean images")
     if one.twin is not None:
@@ -108,6 +120,23 @@ def rests_on(one: ArtifactVerdict) -> list[str]:
     if one.judged_on:
         lines.append(f"judged on {one.judged_on}")
     return lines
+
+
+def look(plan: Planned) -> str:
+    """Which of the planned looks the figures are of."""
+    samples = f"{plan.samples[plan.look - 1]:,} of at most {plan.samples[-1]:,} samples"
+    end = "its intervals decide" if plan.decided else "no sample is left"
+    return f"look {plan.look} of {plan.looks}, at {samples}: {end}, made with {plan.boundary:.2f} standard errors"
+
+
+def since(versus: Versus) -> str:
+    """How the file stands against that of an earlier release."""
+    return (
+        f"against {name(versus.name)} of the baseline (sha256 {name(versus.sha256)[:12]}, edgekit "
+        f"{name(versus.edgekit)}): robust {signed(versus.robust)}, clean {signed(versus.clean)} points; "
+        f"{versus.robust.only_baseline} withstood only there, {versus.robust.only_artifact} only here "
+        f"(McNemar p {p_value(versus.robust)}): {word(versus.verdict)}"
+    )
 
 
 def closing(verdict: Verdict, where: str = "above") -> str:
@@ -135,6 +164,8 @@ def asked(verdict: Verdict) -> str:
     said = []
     if any(one.change for one in verdict.artifacts):
         said.append(f"at most {robust} of robust and {clean} of clean accuracy lost")
+    if any(one.baseline for one in verdict.artifacts):
+        said.append("the same against the baseline" if said else f"at most {robust} robust, {clean} clean lost since")
     if verdict.at_least is not None:
         said.append(f"at least {100 * verdict.at_least:.4g} % robust")
     return ", ".join(said) or "nothing"
