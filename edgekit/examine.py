@@ -59,6 +59,19 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Other:
+    """Another processor, or another arithmetic, that the same file is judged on as well.
+
+    `open` is None where nothing here runs the file so; `why` says why not.
+    """
+
+    processor: str
+    runtime: str
+    open: Callable[[], Classifier] | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Subject:
     """A file under attack: what the verdict says of it, how it is opened, and its differentiable copy if it has one."""
 
@@ -72,6 +85,9 @@ class Subject:
     open: Callable[[], Classifier]
     twin: Classifier | None = None
     chance: float | None = None  # accuracy by guessing, of a file that may be fed or read in the wrong way
+    others: tuple[Other, ...] = ()  # where it is judged beside `native`: elsewhere.py
+    quantum: float | None = None  # the step of an int8 file's scores
+    saturating_pairs: int | None = None  # of an int8 file's weights
 
     def about(self) -> dict[str, Any]:
         """The fields that a verdict repeats."""
@@ -177,7 +193,7 @@ def examine(
         twin=fidelity,
         checks=found,
         checks_seconds=seconds,
-        undecidable=_guessing(subject, clean_right, rules),
+        undecidable=guessing(subject, clean_right, rules),
     )
     if not any(source != SCORES for _, source in outcome.fooled):
         judgement = replace(judgement, why=f"{judgement.why}; it rests on its scores alone, no gradients were followed")
@@ -209,7 +225,7 @@ def _finite(answers: Tensor, subject: Subject) -> Tensor:
     return answers
 
 
-def _guessing(subject: Subject, clean_right: Tensor, rules: Rules) -> str | None:
+def guessing(subject: Subject, clean_right: Tensor, rules: Rules) -> str | None:
     """Why nothing can be decided of a file that does no better than guessing."""
     if subject.chance is None:
         return None
