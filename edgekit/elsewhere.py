@@ -142,7 +142,9 @@ def everywhere(
         )
         say(f"{subject.name} on {other.processor}: {100 * robust_there.double().mean().item():.1f} % robust")
         clean, robust = clean & clean_there, robust & robust_there
-    clean_accuracy, robust_accuracy, change, word, why = _figures(rules, examined, subject, beside, trial, clean, robust)
+    clean_accuracy, robust_accuracy, change, word, why = _figures(
+        rules, examined, subject, beside, trial, clean, robust
+    )
     worst = verdict.worst([word, *(place.verdict for place in places)])
     return replace(
         examined,

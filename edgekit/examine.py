@@ -195,9 +195,23 @@ def examine(
         checks_seconds=seconds,
         undecidable=guessing(subject, clean_right, rules),
     )
+    judgement = replace(
+        judgement,
+        within_one_quantum=_near(outcome.clean, subject.quantum),
+        saturating_pairs=subject.saturating_pairs,
+    )
     if not any(source != SCORES for _, source in outcome.fooled):
         judgement = replace(judgement, why=f"{judgement.why}; it rests on its scores alone, no gradients were followed")
     return Examined(judgement, outcome, replayed.argmax(1), judged, float_robust)
+
+
+def _near(scores: Tensor, quantum: float | None) -> float | None:
+    """The share of samples whose two best scores lie within one quantum; None where the scores have none."""
+    if quantum is None or scores.shape[1] < 2:
+        return None
+    best = scores.topk(2, 1).values
+    # A thousandth more: neighbours on a grid of floats are not one step apart to the last bit.
+    return share(best[:, 0] - best[:, 1] <= 1.001 * quantum)
 
 
 def _float_robust(

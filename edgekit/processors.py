@@ -244,9 +244,7 @@ def _need(program: str, what: str) -> None:
         raise EdgekitError(f"{what}: there is no {program} here", mend=mend, exit_code=ENVIRONMENT)
 
 
-def _run(
-    words: Sequence[str], fault: str, environment: dict[str, str] | None = None, cwd: Path | None = None
-) -> str:
+def _run(words: Sequence[str], fault: str, environment: dict[str, str] | None = None, cwd: Path | None = None) -> str:
     """What a program prints.
 
     Raises:

@@ -61,9 +61,7 @@ def unsafe_pairs(model: onnx.ModelProto) -> dict[str, int]:
     return found
 
 
-def _paired(
-    node: NodeProto, constants: Mapping[str, TensorProto], dequantized: Mapping[str, NodeProto]
-) -> str | None:
+def _paired(node: NodeProto, constants: Mapping[str, TensorProto], dequantized: Mapping[str, NodeProto]) -> str | None:
     """The name of the constant weights of a layer whose activations are 8 bits; None of any other node."""
     if node.op_type in ("Conv", "Gemm", "MatMul"):
         # Signed activations between DequantizeLinear and a layer are moved to unsigned ones: they pair as well.
@@ -72,7 +70,9 @@ def _paired(
     elif node.op_type in _INTEGER:
         place = _INTEGER[node.op_type]
         name = node.input[place.weights]
-        zero = constants.get(node.input[place.zero]) if place.zero is not None and len(node.input) > place.zero else None
+        zero = (
+            constants.get(node.input[place.zero]) if place.zero is not None and len(node.input) > place.zero else None
+        )
         if zero is not None and zero.data_type == TensorProto.INT8:
             return None
     else:

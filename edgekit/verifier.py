@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekit import __version__, archive, foreign, verdict
+from edgekit import __version__, archive, foreign, processors, verdict
 from edgekit import judge as judges
 from edgekit.archive import Notebook
 from edgekit.assignment import Assignment, assign, surrogate
@@ -24,6 +24,7 @@ from edgekit.attacks.campaign import Outcome
 from edgekit.checks import share
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
+from edgekit.elsewhere import everywhere
 from edgekit.errors import ENVIRONMENT, EdgekitError, printable
 from edgekit.examine import Advance, Beside, Examined, Trial, examine
 from edgekit.files import digest, sha256, write_text
@@ -57,6 +58,7 @@ def verify(
     markdown: str | Path | None = None,
     junit: str | Path | None = None,
     judge: str | None = None,
+    on: str | None = None,
     command: str = "",
     data: str | Path | None = None,
     source: str | Path | None = None,
@@ -88,6 +90,7 @@ def verify(
         report: a copy of the HTML report; it then also holds accuracy against epsilon and steps, which takes a while.
         markdown, junit: the verdict for a pull request, and as JUnit XML for CI.
         judge: "tcp://HOST:PORT" or a command line: the program or device that answers in the place of one file.
+        on: "native,x86-avx2,arm64": the processors that each file is judged on, emulated; they must be set up.
         command: what was typed, for the report.
         data: FOLDER/CLASS/* or FOLDER/test/CLASS/*: the photos for an ONNX file that belongs to no run.
         source: a model whose gradients are followed as well: student.safetensors, or an ONNX file.
@@ -109,9 +112,10 @@ def verify(
         raise EdgekitError("an L2 radius has no default", where="--norm L2", mend="Say --epsilon 0.5, or another")
     radius = None if epsilon is None else _radius(epsilon, norm or "Linf")
     copies = _copies({"--report": report, "--markdown": markdown, "--junit": junit})
+    places = _places(on, judge)
     torch.set_flush_denormal(True)
     said = Said(mean, std, layout, channels, output, None if classes is None else Path(classes), resize, size)
-    assignment = assign(what, None if data is None else Path(data), said, samples, seed, radius, judge)
+    assignment = assign(what, None if data is None else Path(data), said, samples, seed, radius, judge, places)
     trial = Trial(
         attacks,
         assignment.split.floats(),
@@ -174,6 +178,19 @@ _WRITERS: dict[str, Callable[[Verdict, Evidence, str], str]] = {
 }
 
 
+def _places(on: str | None, judge: str | None) -> tuple[str, ...] | None:
+    """The processors of --on; None where it was not said."""
+    if on is None:
+        return None
+    if judge is not None:
+        raise EdgekitError(
+            "with --judge it is not this machine that answers", where="--on", mend="Leave one of them out"
+        )
+    named = processors.parse(on)
+    processors.require(named)
+    return named
+
+
 def _copies(asked: dict[str, str | Path | None]) -> dict[str, Path]:
     """Where copies of the report go; looked at before anything is attacked."""
     found = {option: Path(place) for option, place in asked.items() if place is not None}
@@ -206,6 +223,7 @@ def _key(assignment: Assignment, trial: Trial, source: str | Path | None, judge:
                 "threads": assignment.threads,
                 "source": None if source is None else _fingerprint(Path(source)),
                 "judge": judge,
+                "on": assignment.processors,
             },
             sort_keys=True,
         ),
@@ -276,6 +294,7 @@ def _examine_all(
                 results.artifacts.append(verdict.not_run(**entry.about, why=str(error)))
                 continue
             examined = examine(subject, beside, trial, rules, surrogates, watch, notebook.page, self_test=self_test)
+            examined = everywhere(examined, subject, beside, trial, rules, surrogates, watch, notebook.page)
             if bar.disable:
                 seconds = sum(examined.outcome.seconds.values())
                 checked = f"checks {examined.verdict.checks_seconds or 0:.1f} s"
