@@ -291,7 +291,7 @@ def _subject(run: Run, one: Artifact, threads: int, on: Sequence[str] | None) ->
 def _numbers(
     path: Path, model: Any, output: str | None, wrap: places.Wrap, threads: int, on: Sequence[str] | None
 ) -> dict[str, Any]:
-    """What a Subject has of an ONNX file's numbers: where else it is judged, and how coarse an int8 file's scores are."""
+    """What a Subject has of an ONNX file's numbers: where else it is judged, how coarse an int8 file's scores are."""
     if foreign.precision(model) != "int8":
         return {"others": places.asked_for(on or (), path, "onnx", wrap, output)}
     pairs = sum(saturation.unsafe_pairs(model).values())
