@@ -281,6 +281,7 @@ def _subject(run: Run, one: Artifact, threads: int, on: Sequence[str] | None) ->
     opener = partial(judges.open, one, threads=threads)
     first = [opener()]  # a missing runtime shows here, before anything is attacked
     opened = lambda: first.pop() if first else opener()  # noqa: E731
+    more: dict[str, Any]
     if int8:
         more = _numbers(one.path, foreign.read(one.path), None, lambda raw: raw, threads, on)
     else:

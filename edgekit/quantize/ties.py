@@ -7,6 +7,7 @@ and a scale under which the kernels could differ is enlarged until they cannot.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy
 
@@ -41,7 +42,7 @@ def _ways(a: Grid, b: Grid, made: Grid) -> Iterator[numpy.ndarray]:
     ra, rb = (double(single(single(grid[0]) / single(made[0]))) for grid in (a, b))
     left, right = (values.astype(double) for values in numpy.meshgrid(numpy.arange(256), numpy.arange(256)))
 
-    def rounded(value: numpy.ndarray | double) -> numpy.ndarray:
+    def rounded(value: Any) -> numpy.ndarray:
         """To float32, and on in float64, where a product of two float32 is exact and a fused sum rounds once."""
         return numpy.asarray(value, double).astype(single).astype(double)
 
