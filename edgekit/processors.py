@@ -171,11 +171,14 @@ def _probe(name: str) -> str:
 
 def _fetch_qemu() -> None:
     """QEMU's static builds, unpacked from Debian's package."""
+    _need("apt-get", "QEMU's user mode (qemu-user-static)")
     with writing_folder(_home() / "qemu") as folder:
-        _need("apt-get", "QEMU's user mode (qemu-user-static)")
-        _run(["apt-get", "-q", "download", "qemu-user-static"], "Debian's qemu-user-static cannot be had", cwd=folder)
+        apt = _apt(folder / "apt")
+        _run([*apt, "update"], "the list of Debian's packages cannot be had")
+        _run([*apt, "download", "qemu-user-static"], "Debian's qemu-user-static cannot be had", cwd=folder)
         (package,) = folder.glob("*.deb")
         _unpack(package, folder / "all")
+        shutil.rmtree(folder / "apt")
         # Of thirty emulators the two that are asked for are kept.
         for emulator in {one.emulator for one in PROCESSORS.values() if one.emulator}:
             (folder / "all" / "usr" / "bin" / f"{emulator}-static").rename(folder / emulator)
@@ -183,23 +186,28 @@ def _fetch_qemu() -> None:
         package.unlink()
 
 
+def _apt(state: Path, architecture: str | None = None) -> list[str]:
+    """apt-get with lists and packages in a folder of its own, whoever runs it: the system's are left alone."""
+    for folder in ("lists/partial", "archives/partial"):
+        (state / folder).mkdir(parents=True)
+    options = {
+        "Dir::State::lists": state / "lists",
+        "Dir::State::status": "/dev/null",  # nothing counts as installed, so that all it takes is fetched
+        "Dir::Cache": state,
+        "APT::Sandbox::User": "root",
+        "Acquire::Languages": "none",
+    }
+    if architecture is not None:
+        options |= {"APT::Architecture": architecture, "APT::Architectures::": architecture}
+    return ["apt-get", "-q", "-y", *(f"-o{key}={value}" for key, value in options.items())]
+
+
 def _fetch_arm(place: Path) -> None:
     """A root of Debian's arm64 packages with a Python, and in its folder `site` the runtime's wheels."""
     _need("apt-get", "Debian's arm64 packages")
     with writing_folder(place) as root:
         state = root / "apt"
-        for folder in ("lists/partial", "archives/partial"):
-            (state / folder).mkdir(parents=True)
-        options = {
-            "APT::Architecture": "arm64",
-            "APT::Architectures::": "arm64",
-            "Dir::State::lists": state / "lists",
-            "Dir::State::status": "/dev/null",  # nothing counts as installed, so that all it takes is fetched
-            "Dir::Cache": state,
-            "APT::Sandbox::User": "root",
-            "Acquire::Languages": "none",
-        }
-        apt = ["apt-get", "-q", "-y", *(f"-o{key}={value}" for key, value in options.items())]
+        apt = _apt(state, "arm64")
         _run([*apt, "update"], "the list of Debian's arm64 packages cannot be had")
         download = [*apt, "install", "--download-only", "--no-install-recommends", *_PACKAGES]
         _run(download, "Debian's arm64 packages cannot be had")

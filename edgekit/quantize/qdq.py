@@ -65,7 +65,8 @@ def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme) -> Quantize
             parameters[node.output[0]] = parameters[node.input[0]]
         result = absorbed[node.output[0]].output[0] if node.output[0] in absorbed else node.output[0]
         if node.op_type == "Add" and result in parameters:
-            parameters[result] = settle(parameters[node.input[0]], parameters[node.input[1]], parameters[result])
+            scale, zero = settle(parameters[node.input[0]], parameters[node.input[1]], parameters[result])
+            parameters[result] = scale, numpy.uint8(zero)
     written = _write(source, graph, chosen, removed, parameters, scheme)
     record = {"images": len(images), "sha256": digest(images.contiguous().numpy().tobytes()), "method": "min-max"}
     kinds = {id(node) for node in chosen} | {id(follower) for follower in absorbed.values()}
