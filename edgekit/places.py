@@ -5,6 +5,7 @@ Where nothing was asked, an int8 file whose pair sums can saturate is judged und
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
