@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint types wheel clean
+.PHONY: quickstart test processors lint types wheel clean
 
 # uv resolves and downloads in parallel; everything else goes through the same registry settings as pip.
 .venv/.done: pyproject.toml constraints.txt
@@ -26,6 +26,10 @@ quickstart: .venv/.done
 
 test: .venv/.done
 	$(BIN)/python -m pytest
+
+# Other processors for `verify --on`, emulated: into the cache folder, from Debian's, Python's and npm's packages.
+processors: .venv/.done
+	$(BIN)/python -m edgekit.processors $(NAMES)
 
 lint: .venv/.done
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """What is to be judged: the artifacts of a run, or one file of anyone's, with its images and the models beside it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from edgekit import artifact as artifacts
-from edgekit import foreign, machine, models, runs, twin, verdict
+from edgekit import foreign, machine, models, places, runs, saturation, twin, verdict
 from edgekit import judge as judges
 from edgekit.artifact import Artifact
 from edgekit.attacks.campaign import SCORES, TOGETHER
@@ -56,10 +56,13 @@ class Assignment:
     student: Classifier | None = None
     classes: tuple[str, ...] | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    processors: tuple[str, ...] | None = None  # those of --on
     port: foreign.Port | None = None  # how a file of no run is fed and read
 
 
-def _of_run(path: Path | None, samples: int | None, seed: int, radius: float | None) -> Assignment:
+def _of_run(
+    path: Path | None, samples: int | None, seed: int, radius: float | None, on: Sequence[str] | None
+) -> Assignment:
     """The artifacts of a run, or one of them, on the run's own test images."""
     run, found = _found(path)
     recipe = read(run.recipe_file)
@@ -69,7 +72,7 @@ def _of_run(path: Path | None, samples: int | None, seed: int, radius: float | N
     threads = min(run.info().get("threads", 1), machine.cores())
     student = _attackable(models.load(run.student, factory=recipe.student.architecture))
     return Assignment(
-        entries=[Entry(_about(run, one), partial(_subject, run, one, threads)) for one in found],
+        entries=[Entry(_about(run, one), partial(_subject, run, one, threads, on)) for one in found],
         split=split,
         data=verdict.Data(dataset.name, SPLIT, dataset.sha256),
         epsilon=recipe.inner.epsilon if radius is None else radius,
@@ -82,7 +85,13 @@ def _of_run(path: Path | None, samples: int | None, seed: int, radius: float | N
 
 
 def _of_file(
-    path: Path, folder: Path | None, said: Said, samples: int | None, seed: int, radius: float | None
+    path: Path,
+    folder: Path | None,
+    said: Said,
+    samples: int | None,
+    seed: int,
+    radius: float | None,
+    on: Sequence[str] | None,
 ) -> Assignment:
     """An ONNX file that belongs to no run, on a folder of photos."""
     model = foreign.read(path)
@@ -107,8 +116,10 @@ def _of_file(
 
     def subject() -> Subject:
         copy = foreign.twin(path, port)
+        wrap = lambda raw: foreign.Ported(port, raw, differentiable=False)  # noqa: E731
         return Subject(
             **about,
+            **_numbers(path, model, port.output, wrap, threads, on),
             judged_on=judges.judged_on("onnx"),
             open=lambda: foreign.Ported(port, opened(), differentiable=False),
             twin=copy,
@@ -171,12 +182,14 @@ def assign(
     seed: int,
     radius: float | None,
     judge: str | None,
+    on: Sequence[str] | None = None,
 ) -> Assignment:
     """What `verify WHAT` means: a run, one of its artifacts, or a file that belongs to none.
 
     Args:
         what, data, said, samples, seed, judge: as verifier.verify explains them.
         radius: the epsilon that was asked for; None for the run's own.
+        on: the processors of --on, set up already; None where nothing was said.
     Raises:
         EdgekitError: there is nothing to judge, or options that the thing to judge has no use for.
     """
@@ -184,11 +197,12 @@ def assign(
     if path is not None and data is not None and (path / "artifact.json").is_file():
         path = artifacts.load(path).path  # an artifact away from its run is a file like any other
     if path is not None and path.is_file() and (data is not None or not (path.parent / "artifact.json").is_file()):
-        found = _of_file(path, data, said, samples, seed, radius)
+        found = _of_file(path, data, said, samples, seed, radius, on)
     elif given := [*(["--data"] if data is not None else []), *said.options()]:
         raise EdgekitError("is for a file that belongs to no run; a run has its own data", where=given[0])
     else:
-        found = _of_run(path, samples, seed, radius)
+        found = _of_run(path, samples, seed, radius, on)
+    found = replace(found, processors=None if on is None else tuple(on))
     return found if judge is None else _judged_by(found, judge)
 
 
@@ -203,7 +217,7 @@ def _judged_by(assignment: Assignment, address: str) -> Assignment:
 
     def subject() -> Subject:
         # One conversation: a device may take no second one, so the replay asks the same judge again.
-        return replace(entry.subject(), judged_on=f"judge {address}", open=lambda: remote)
+        return replace(entry.subject(), judged_on=f"judge {address}", open=lambda: remote, others=())
 
     return replace(assignment, entries=[Entry(entry.about, subject)])
 
@@ -268,9 +282,30 @@ def _about(run: Run, one: Artifact) -> dict[str, Any]:
     }
 
 
-def _subject(run: Run, one: Artifact, threads: int) -> Subject:
-    copy = twin.open(one.path) if (one.format, one.precision) == ("onnx", "int8") else None
+def _subject(run: Run, one: Artifact, threads: int, on: Sequence[str] | None) -> Subject:
+    int8 = (one.format, one.precision) == ("onnx", "int8")
+    copy = twin.open(one.path) if int8 else None
     opener = partial(judges.open, one, threads=threads)
     first = [opener()]  # a missing runtime shows here, before anything is attacked
     opened = lambda: first.pop() if first else opener()  # noqa: E731
-    return Subject(**_about(run, one), judged_on=judges.judged_on(one.format), open=opened, twin=copy)
+    more: dict[str, Any]
+    if int8:
+        more = _numbers(one.path, foreign.read(one.path), None, lambda raw: raw, threads, on)
+    else:
+        more = {"others": places.asked_for(on or (), one.path, one.format, lambda raw: raw)}
+    return Subject(**_about(run, one), **more, judged_on=judges.judged_on(one.format), open=opened, twin=copy)
+
+
+def _numbers(
+    path: Path, model: Any, output: str | None, wrap: places.Wrap, threads: int, on: Sequence[str] | None
+) -> dict[str, Any]:
+    """What a Subject has of an ONNX file's numbers: where else it is judged, how coarse an int8 file's scores are."""
+    if foreign.precision(model) != "int8":
+        return {"others": places.asked_for(on or (), path, "onnx", wrap, output)}
+    pairs = sum(saturation.unsafe_pairs(model).values())
+    if on is not None:
+        others = places.asked_for(on, path, "onnx", wrap, output)
+    else:
+        others = places.both_arithmetics(path, wrap, output, threads) if pairs else ()
+    quantum = saturation.quantum(model, output or model.graph.output[0].name)
+    return {"others": others, "saturating_pairs": pairs, "quantum": quantum}

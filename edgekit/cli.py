@@ -154,6 +154,10 @@ def verify(
         str | None,
         typer.Option(metavar="CMD|tcp://HOST:PORT", help="The program or device that answers in the file's place."),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="P,…", help="Judge on these processors: native, x86-avx2, x86-sse, arm64, wasm."),
+    ] = None,
     source: Annotated[
         Path | None, typer.Option(metavar="MODEL", help="Follow this model's gradients too: safetensors or ONNX.")
     ] = None,
@@ -204,6 +208,7 @@ def verify(
         markdown=markdown,
         junit=junit,
         judge=judge,
+        on=on,
         command=typed,
         source=source,
         data=data,

@@ -66,6 +66,19 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Other:
+    """Another processor, or another arithmetic, that the same file is judged on as well.
+
+    `open` is None where nothing here runs the file so; `why` says why not.
+    """
+
+    processor: str
+    runtime: str
+    open: Callable[[], Classifier] | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Subject:
     """A file under attack: what the verdict says of it, how it is opened, and its differentiable copy if it has one."""
 
@@ -79,6 +92,9 @@ class Subject:
     open: Callable[[], Classifier]
     twin: Classifier | None = None
     chance: float | None = None  # accuracy by guessing, of a file that may be fed or read in the wrong way
+    others: tuple[Other, ...] = ()  # where it is judged beside `native`: elsewhere.py
+    quantum: float | None = None  # the step of an int8 file's scores
+    saturating_pairs: int | None = None  # of an int8 file's weights
 
     def about(self) -> dict[str, Any]:
         """The fields that a verdict repeats."""
@@ -245,7 +261,8 @@ def conclude(
     """The verdict on a file whose attacks are over: the checks are made, and the figures held against the rules.
 
     Args:
-        self_test, earlier: as `examine` explains them.    planned: the look at which it was decided, where some were.
+        self_test, earlier: as `examine` explains them.
+        planned: the look at which it was decided, where some were.
     """
     subject, trial, outcome = opened.subject, faced.trial, faced.outcome
     begin = time.perf_counter()
@@ -272,7 +289,7 @@ def judge(
     """What the figures alone say of a file, and what is `known` beside them, as verdict.judged takes it."""
     subject, trial, outcome, clean_right = opened.subject, faced.trial, faced.outcome, faced.clean_right
     float_clean = None if faced.own is None else faced.own.clean.argmax(1)
-    return verdict.judged(
+    judgement = verdict.judged(
         rules,
         clean_right,
         outcome.robust,
@@ -283,9 +300,23 @@ def judge(
         float_robust_right=faced.float_robust,
         agreement=None if float_clean is None else share(float_clean == outcome.clean.argmax(1)),
         baseline=None if earlier is None else earlier(trial.index, clean_right, outcome.robust, outcome.fooled, rules),
-        undecidable=_guessing(subject, clean_right, rules),
+        undecidable=guessing(subject, clean_right, rules),
         **known,
     )
+    return replace(
+        judgement,
+        within_one_quantum=_near(outcome.clean, subject.quantum),
+        saturating_pairs=subject.saturating_pairs,
+    )
+
+
+def _near(scores: Tensor, quantum: float | None) -> float | None:
+    """The share of samples whose two best scores lie within one quantum; None where the scores have none."""
+    if quantum is None or scores.shape[1] < 2:
+        return None
+    best = scores.topk(2, 1).values
+    # A thousandth more: neighbours on a grid of floats are not one step apart to the last bit.
+    return share(best[:, 0] - best[:, 1] <= 1.001 * quantum)
 
 
 def _float_robust(
@@ -313,7 +344,7 @@ def _finite(answers: Tensor, subject: Subject) -> Tensor:
     return answers
 
 
-def _guessing(subject: Subject, clean_right: Tensor, rules: Rules) -> str | None:
+def guessing(subject: Subject, clean_right: Tensor, rules: Rules) -> str | None:
     """Why nothing can be decided of a file that does no better than guessing."""
     if subject.chance is None:
         return None

@@ -16,7 +16,7 @@ from edgekit.files import cache_folder, write_json
 
 # What decides how 8-bit products are summed (SATURATION), best first; named as /proc/cpuinfo names them.
 _INT8 = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "sse4_1", "asimddp", "asimd")
-_SATURATE = ("avx512bw", "avx2", "sse4_1")  # these sum pairs of products in 16 bits
+_SATURATE = ("avx512bw", "avx2")  # these sum pairs of products in 16 bits; SSE alone does not (FACTS)
 _DEVICES = ("cpu", "cuda", "mps", "xpu")  # kinds that compute; torch has others, such as meta, which only pretends to
 # How torch and its backends say that memory is out where they have no class of error for it.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")

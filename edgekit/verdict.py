@@ -152,6 +152,28 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """What one processor's own kernels made of a file.
+
+    Attributes:
+        agreement, max_abs_difference: of its decisions and scores with those of `native`, on all `images` that both
+            were shown: the clean ones, each iterate of the attacks in `every_iterate_of`, and the images that fooled
+            `native` or came nearest to it.
+    """
+
+    processor: str
+    runtime: str
+    clean_accuracy: Accuracy | None = None
+    robust_accuracy: Accuracy | None = None
+    agreement: float | None = None
+    max_abs_difference: float | None = None
+    images: int | None = None
+    every_iterate_of: tuple[str, ...] = ()
+    verdict: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArtifactVerdict:
     """The verdict on one exported file; what does not apply to it is None, and absent from the JSON."""
 
@@ -172,7 +194,9 @@ class ArtifactVerdict:
     twin: Twin | None = None
     checks: tuple[Check, ...] = ()
     checks_seconds: float | None = None  # what the checks took, beside the attacks' own seconds
-    judged_on: str | None = None
+    within_one_quantum: float | None = None  # share of samples whose two best clean scores lie so near, of int8 files
+    saturating_pairs: int | None = None  # of weights, whose products some x86 processors cannot sum in 16 bits
+    judged_on: str | tuple[Place, ...] | None = None
     verdict: str
     why: str
     command: str | None = None  # of a file that cannot run here: what judges it on its device
@@ -570,7 +594,8 @@ def from_dict(document: Any, *, where: object = None) -> Verdict:
         verdict = _read(Verdict, document, "")
     except ValueError as error:
         raise EdgekitError(f"not a valid verdict.json: {error}", where=where) from None
-    for one in (verdict, *verdict.artifacts):
+    places = [place for one in verdict.artifacts if isinstance(one.judged_on, tuple) for place in one.judged_on]
+    for one in (verdict, *verdict.artifacts, *places):
         if one.verdict not in EXIT:
             raise EdgekitError(f"not a valid verdict.json: there is no verdict '{one.verdict}'", where=where)
     return verdict
@@ -579,8 +604,9 @@ def from_dict(document: Any, *, where: object = None) -> Verdict:
 def _read(kind: Any, value: Any, place: str) -> Any:
     """`value` as the annotated type `kind`; ValueError names the place that does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:  # X | None, and None is never written
-        return _read(arguments[0], value, place)
+    if origin is types.UnionType:  # X | None, and None is never written; X | tuple[Y, ...] where a list is one
+        several = [one for one in arguments if typing.get_origin(one) is tuple]
+        return _read(several[0] if several and isinstance(value, list) else arguments[0], value, place)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         fields = [field for field in dataclasses.fields(kind) if field.name in value]

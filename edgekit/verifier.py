@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekit import __version__, archive, foreign, looks, planned, verdict
+from edgekit import __version__, archive, foreign, looks, planned, processors, verdict
 from edgekit import baseline as earlier
 from edgekit import judge as judges
 from edgekit.archive import Notebook
@@ -25,6 +25,7 @@ from edgekit.attacks.campaign import Outcome
 from edgekit.checks import share
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
+from edgekit.elsewhere import everywhere
 from edgekit.errors import ENVIRONMENT, EdgekitError, printable
 from edgekit.examine import Advance, Beside, Earlier, Examined, Trial, Watch, examine
 from edgekit.files import digest, sha256, write_text
@@ -62,6 +63,7 @@ def verify(
     markdown: str | Path | None = None,
     junit: str | Path | None = None,
     judge: str | None = None,
+    on: str | None = None,
     command: str = "",
     data: str | Path | None = None,
     source: str | Path | None = None,
@@ -96,6 +98,7 @@ def verify(
         report: a copy of the HTML report; it then also holds accuracy against epsilon and steps, which takes a while.
         markdown, junit: the verdict for a pull request, and as JUnit XML for CI.
         judge: "tcp://HOST:PORT" or a command line: the program or device that answers in the place of one file.
+        on: "native,x86-avx2,arm64": the processors that each file is judged on, emulated; they must be set up.
         command: what was typed, for the report.
         data: FOLDER/CLASS/* or FOLDER/test/CLASS/*: the photos for an ONNX file that belongs to no run.
         source: a model whose gradients are followed as well: student.safetensors, or an ONNX file.
@@ -117,13 +120,18 @@ def verify(
         raise EdgekitError("an L2 radius has no default", where="--norm L2", mend="Say --epsilon 0.5, or another")
     radius = None if epsilon is None else _radius(epsilon, norm or "Linf")
     copies = _copies({"--report": report, "--markdown": markdown, "--junit": junit})
+    places = _places(on, judge)
     torch.set_flush_denormal(True)
     said = Said(mean, std, layout, channels, output, None if classes is None else Path(classes), resize, size)
     before = None if baseline is None else earlier.read(baseline)
     most = EVERY if until_decided and samples is None else samples
-    assignment = assign(what, None if data is None else Path(data), said, most, seed, radius, judge)
+    assignment = assign(what, None if data is None else Path(data), said, most, seed, radius, judge, places)
     plan = None
     if until_decided:
+        if on:
+            raise EdgekitError(
+                "looks at growing samples are planned for one processor", where="--on", mend="Leave out --until-decided"
+            )
         if assignment.student is None and at_least is None and before is None:
             raise EdgekitError(
                 "there is nothing to decide: no float student lies beside this file",
@@ -209,6 +217,19 @@ _WRITERS: dict[str, Callable[[Verdict, Evidence, str], str]] = {
 }
 
 
+def _places(on: str | None, judge: str | None) -> tuple[str, ...] | None:
+    """The processors of --on; None where it was not said."""
+    if on is None:
+        return None
+    if judge is not None:
+        raise EdgekitError(
+            "with --judge it is not this machine that answers", where="--on", mend="Leave one of them out"
+        )
+    named = processors.parse(on)
+    processors.require(named)
+    return named
+
+
 def _copies(asked: dict[str, str | Path | None]) -> dict[str, Path]:
     """Where copies of the report go; looked at before anything is attacked."""
     found = {option: Path(place) for option, place in asked.items() if place is not None}
@@ -252,6 +273,7 @@ def _key(assignment: Assignment, trial: Trial, source: str | Path | None, judge:
                 "source": None if source is None else _fingerprint(Path(source)),
                 "judge": judge,
                 "looks": None if plan is None else plan.samples,
+                "on": assignment.processors,
             },
             sort_keys=True,
         ),
@@ -336,6 +358,10 @@ def _examine_all(
                 else:
                     examined, faced = looks.until_decided(subject, planned_looks, rules, **checked)
                     seen_trial, own = faced.trial, faced.own
+                near = Beside(student, own) if student is not None and own is not None else None
+                look = examined.verdict.plan
+                at = rules if look is None else replace(rules, confidence=look.confidence)
+                examined = everywhere(examined, subject, near, seen_trial, at, surrogates, watch, notebook.page)
             except EdgekitError as error:
                 # What the other files went through for minutes is not thrown away for this one.
                 faults.append(error)

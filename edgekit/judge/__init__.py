@@ -7,7 +7,7 @@ takes ten times as long to import as ONNX Runtime.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Remote", "connect", "judged_on", "machine_block", "open", "runtime", "start"]
+__all__ = ["Remote", "connect", "judged_on", "machine_block", "open", "runtime", "start", "start_on"]
 
 _ROOMS = {
     "Remote": "remote",
@@ -17,10 +17,11 @@ _ROOMS = {
     "open": "opening",
     "runtime": "where",
     "start": "opening",
+    "start_on": "opening",
 }
 
 if TYPE_CHECKING:
-    from edgekit.judge.opening import connect, open, start
+    from edgekit.judge.opening import connect, open, start, start_on
     from edgekit.judge.remote import Remote
     from edgekit.judge.where import judged_on, machine_block, runtime
 

@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from edgekit import processors
 from edgekit.artifact import Artifact
-from edgekit.classifier import Classifier
+from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import ENVIRONMENT, EdgekitError, choose
 from edgekit.formats import FORMATS
 from edgekit.judge.child import OPENING, SUFFIXES
@@ -18,6 +21,7 @@ from edgekit.judge.remote import Remote
 
 RUNTIMES = {"onnx": "ONNX Runtime", "torchscript": "torch"}
 SECONDS = 120.0  # for one batch: an emulated processor takes seconds where this one takes milliseconds
+EMULATED, AT_ONCE = 600.0, 25  # the same where a processor is emulated, for at most so many images
 _SCHEME = "tcp://"
 _ROOT = Path(__file__).parents[2]
 
@@ -112,6 +116,39 @@ def start(
     judge.wait()
     judge.seconds = seconds
     return judge
+
+
+def start_on(processor: str, path: Path, *, output: str | None = None, seconds: float = EMULATED) -> Classifier:
+    """An ONNX file, judged by another processor's own kernels, emulated: `edgekit.processors`.
+
+    Args:
+        processor: one that is set up.    output: as in ort.Session.
+        seconds: that it may take for one message of at most AT_ONCE images.
+    Raises:
+        EdgekitError: its runtime does not take the file or dies of it.
+    """
+    if processor == "wasm":
+        command = [*processors.web(), str(path.resolve()), *([] if output is None else [output])]
+        try:
+            line = started(command)
+        except OSError as error:
+            raise EdgekitError(f"node cannot be started ({error.strerror})", exit_code=ENVIRONMENT) from None
+        judge = Remote(line, name="onnxruntime-web", where=path, seconds=seconds, own=True)
+        judge.wait()
+    else:
+        interpreter, search = processors.interpreter(processor)
+        # No limit of memory: QEMU ignores it, and what its own translations take would count.
+        judge = start(
+            path,
+            format="onnx",
+            threads=1,
+            output=output,
+            memory=0,
+            seconds=seconds,
+            interpreter=interpreter,
+            search=search,
+        )
+    return Wrapped(lambda images: torch.cat([judge(part) for part in images.split(AT_ONCE)]), differentiable=False)
 
 
 def connect(address: str, *, seconds: float = SECONDS, longer: str = "Allow more `seconds`") -> Remote:

@@ -17,6 +17,7 @@ from torch import Tensor
 from edgekit.files import digest
 from edgekit.quantize.calibrate import ranges
 from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.ties import settle
 
 _WEIGHTED = ("Conv", "Gemm")
 _MOVING = ("Flatten", "Reshape", "MaxPool")  # hand integers on as they are: input and output share one scale
@@ -62,6 +63,10 @@ def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme) -> Quantize
     for node in chosen:
         if node.op_type in _MOVING and node.output[0] in parameters:
             parameters[node.output[0]] = parameters[node.input[0]]
+        result = absorbed[node.output[0]].output[0] if node.output[0] in absorbed else node.output[0]
+        if node.op_type == "Add" and result in parameters:
+            scale, zero = settle(parameters[node.input[0]], parameters[node.input[1]], parameters[result])
+            parameters[result] = scale, numpy.uint8(zero)
     written = _write(source, graph, chosen, removed, parameters, scheme)
     record = {"images": len(images), "sha256": digest(images.contiguous().numpy().tobytes()), "method": "min-max"}
     kinds = {id(node) for node in chosen} | {id(follower) for follower in absorbed.values()}

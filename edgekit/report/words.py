@@ -3,8 +3,9 @@
 import re
 
 from edgekit.errors import printable
+from edgekit.processors import NATIVE
 from edgekit.statistics import points
-from edgekit.verdict import Accuracy, ArtifactVerdict, Change, Planned, Since, Verdict, Versus
+from edgekit.verdict import Accuracy, ArtifactVerdict, Change, Place, Planned, Since, Verdict, Versus
 
 NONE = "–"
 NAME = 120  # characters of a name that are shown: nobody reads more, and a table has no room for them
@@ -117,9 +118,26 @@ def rests_on(one: ArtifactVerdict) -> list[str]:
         lines.append(f"its differentiable twin decides as the file does on {percent(one.twin.agreement)}, {away}")
     if one.checks:
         lines.append(f"{sum(check.passed for check in one.checks)} of {len(one.checks)} checks passed")
-    if one.judged_on:
+    if one.saturating_pairs:
+        lines.append(f"{one.saturating_pairs:,} pairs of its weights can saturate 16-bit sums (x86 without VNNI)")
+    if one.within_one_quantum is not None:
+        lines.append(f"the two best scores lie within one quantum on {percent(one.within_one_quantum)} of clean images")
+    if isinstance(one.judged_on, str):
         lines.append(f"judged on {one.judged_on}")
-    return lines
+    return lines + [place(where) for where in one.judged_on or () if isinstance(where, Place)]
+
+
+def place(where: Place) -> str:
+    """One processor of several, in a line."""
+    if where.clean_accuracy is None or where.robust_accuracy is None or where.agreement is None:
+        return f"{where.processor}: {word(where.verdict)}, {where.why}"
+    said = f"{percent(where.clean_accuracy.value)} clean, {percent(where.robust_accuracy.value)} robust"
+    line = f"on {where.processor} ({where.runtime}): {word(where.verdict)}, {said}"
+    if where.processor == NATIVE:
+        return line
+    exact = where.max_abs_difference == 0
+    away = "bit for bit" if exact else f"scores within {where.max_abs_difference:.2g}"
+    return f"{line}; decides as native on {percent(where.agreement)} of {where.images or 0:,} images, {away}"
 
 
 def look(plan: Planned) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgekit.twin.clipping import clipped
 from edgekit.twin.graph import Node
 from edgekit.twin.integers import EXACT, Grid, Products, Sums, Value, real
 
@@ -108,6 +109,12 @@ def padded(value: Tensor, pads: Sequence[tuple[int, int]], fill: float = 0.0) ->
     return functional.pad(value, [pad for pair in reversed(pads) for pad in pair], value=fill)
 
 
+def _zero(weight: Grid, ndim: int, axis: int) -> Tensor:
+    """The zero point of weights, one or one per output, to be added to them."""
+    zero = weight.zero.float()
+    return zero.reshape([-1 if place == axis else 1 for place in range(ndim)]) if zero.numel() > 1 else zero.reshape([])
+
+
 def conv(node: Node, x: Value, weight: Value, bias: Value = None) -> Value:
     fused = _fused(x, weight, bias, 0)
     a, w = (x.centred, weight.centred) if fused is not None else (real(x), real(weight))
@@ -122,6 +129,7 @@ def conv(node: Node, x: Value, weight: Value, bias: Value = None) -> Value:
         return _CONVOLUTIONS[count](a, w, None if bias is None else real(bias), *window, groups)
     b = None if bias is None else bias.centred
     layer = prepared(node, weight, lambda: _Convolution(w, b, x.span, window, groups))
+    layer = clipped(node, layer, x, weight, w + _zero(weight, w.ndim, 0), window, groups)
     return Products(a, layer, fused.reshape(1, -1, *[1] * count) if fused.numel() > 1 else fused)
 
 
@@ -147,7 +155,8 @@ def gemm(node: Node, x: Value, weight: Value, bias: Value = None) -> Value:
         a = x.centred.T if node.get("transA", 0) else x.centred
         w = weight.centred if across else weight.centred.T
         b = None if bias is None else bias.centred.flatten()
-        return Products(a, prepared(node, weight, lambda: _Product(w, b, x.span)), fused)
+        layer = prepared(node, weight, lambda: _Product(w, b, x.span))
+        return Products(a, clipped(node, layer, x, weight, (w + _zero(weight, 2, 1)).T), fused)
     a = real(x).T if node.get("transA", 0) else real(x)
     w = real(weight) if across else real(weight).T
     if alpha != 1:
@@ -163,7 +172,9 @@ def matmul(node: Node, x: Value, weight: Value) -> Value:
     if isinstance(weight, Grid) and weight.centred.ndim == 2 and not weight.centred.requires_grad:
         fused = _fused(x, weight, None, 1)
         if fused is not None:
-            return Products(x.centred, prepared(node, weight, lambda: _Product(weight.centred, None, x.span)), fused)
+            layer = prepared(node, weight, lambda: _Product(weight.centred, None, x.span))
+            layer = clipped(node, layer, x, weight, (weight.centred + _zero(weight, 2, 1)).T)
+            return Products(x.centred, layer, fused)
     if isinstance(x, Grid) and isinstance(weight, Grid) and x.scale.numel() == weight.scale.numel() == 1:
         small = x.span * weight.span * x.centred.shape[-1] < EXACT
         a, b = (grid.centred if small else grid.centred.double() for grid in (x, weight))

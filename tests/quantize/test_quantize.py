@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from edgekit.classifier import predict
 from edgekit.formats import onnx as format
 from edgekit.quantize import SCHEMES, quantize, unsafe_pairs
-from edgekit.quantize.saturation import clips
+from edgekit.saturation import clips
 
 SCHEME = SCHEMES["x86"]
 
