@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from edgekit import artifact as artifacts
-from edgekit import foreign, machine, models, runs, twin, verdict
+from edgekit import foreign, machine, models, runs, script, twin, verdict
 from edgekit import judge as judges
 from edgekit.artifact import Artifact
 from edgekit.attacks.campaign import SCORES, TOGETHER
@@ -83,7 +83,9 @@ def _of_run(path: Path | None, samples: int | None, seed: int, radius: float | N
 def _of_file(
     path: Path, folder: Path | None, said: Said, samples: int | None, seed: int, radius: float | None
 ) -> Assignment:
-    """An ONNX file that belongs to no run, on a folder of photos."""
+    """A file that belongs to no run, on a folder of photos."""
+    if path.suffix in script.SUFFIXES:
+        return _of_script(path, folder, said, samples, seed, radius)
     model = foreign.read(path)
     port = foreign.port(path, model, said)
     if folder is None:
@@ -126,6 +128,54 @@ def _of_file(
     )
 
 
+def _of_script(
+    path: Path, folder: Path | None, said: Said, samples: int | None, seed: int, radius: float | None
+) -> Assignment:
+    """A TorchScript file that belongs to no run, once its user trusts it."""
+    read, threads = script.archive(path), machine.cores()
+    if folder is None and said.trust_file:
+        raise EdgekitError(
+            "this file belongs to no run: it needs photos to be judged on", where=path, mend="Say --data FOLDER"
+        )
+    module = script.opened(path, read, said, folder or Path(), threads)
+    port, classes = module.port, module.classes
+    photos = foreign.photos(folder or Path(), port, classes, said, samples or SAMPLES, seed)
+    _few(photos.split, samples)
+    about = {
+        "name": path.stem,
+        "format": "torchscript",
+        "precision": read.precision,
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+    }
+
+    def subject() -> Subject:
+        own = None if read.lite else script.gradients(path, port, photos.split[:2].floats())
+        note = "TorchScript is code, and the file's ran here (--trust-file)"
+        return Subject(
+            **about,
+            judged_on=judges.judged_on("torchscript"),
+            open=lambda: foreign.Ported(port, module.open(), differentiable=False),
+            twin=own,
+            called="file",
+            chance=1 / classes,
+            code_ran=True,
+            note=note + ("" if own else "; no gradients pass through the file itself"),
+        )
+
+    return Assignment(
+        entries=[Entry(about, subject)],
+        split=photos.split,
+        data=verdict.Data(photos.name, SPLIT, photos.sha256),
+        epsilon=8 / 255 if radius is None else radius,
+        threads=threads,
+        verdicts=OWN_VERDICTS,
+        classes=port.names,
+        port=port,
+    )
+
+
 def _few(split: Split, samples: int | None) -> None:
     if samples is not None and len(split) < samples:
         say(f"There are {len(split):,} test images; all of them are drawn.")
@@ -153,7 +203,7 @@ def surrogate(path: Path, assignment: Assignment) -> dict[str, Classifier]:
             f"does not take these images ({str(error).splitlines()[0][:120]})", where=f"--source {path}"
         ) from None
     name = path.stem.replace(TOGETHER, "-")
-    return {path.name if name in ("float", "twin", SCORES) else name: network}
+    return {path.name if name in ("float", "twin", "file", SCORES) else name: network}
 
 
 def assign(

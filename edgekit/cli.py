@@ -105,7 +105,8 @@ def verify(
     what: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN|ARTIFACT|FILE]", help="A run, an artifact folder, an ONNX file.  [default: the latest run]"
+            metavar="[RUN|ARTIFACT|FILE]",
+            help="A run, an artifact folder, an ONNX or TorchScript file.  [default: the latest run]",
         ),
     ] = None,
     attack: Annotated[
@@ -164,6 +165,9 @@ def verify(
         int | None,
         typer.Option(metavar="N", min=1, help="Their side, where the file takes any size.", rich_help_panel=_FILE),
     ] = None,
+    trust_file: Annotated[
+        bool, typer.Option("--trust-file", help="TorchScript is code: let the file's run.", rich_help_panel=_FILE)
+    ] = False,
     json: Json = False,
 ) -> None:
     """Attack exported files in their own runtimes and say whether the robustness survived."""
@@ -200,6 +204,7 @@ def verify(
         classes=classes,
         resize=resize,
         size=size,
+        trust_file=trust_file,
     )
     if json:
         _print_json(document)

@@ -71,6 +71,9 @@ class Subject:
     judged_on: str
     open: Callable[[], Classifier]
     twin: Classifier | None = None
+    called: str = "twin"  # what the gradients of `twin` are called among the sources
+    code_ran: bool | None = None  # the file is a program, and it ran
+    note: str | None = None  # what the verdict's sentence says besides
     chance: float | None = None  # accuracy by guessing, of a file that may be fed or read in the wrong way
 
     def about(self) -> dict[str, Any]:
@@ -123,7 +126,7 @@ def examine(
     torch.set_flush_denormal(True)
     _finite(predict(judged, trial.images[:CHUNK], CHUNK), subject)
     sources = {"float": beside.student} if beside else {}
-    sources |= ({"twin": subject.twin} if subject.twin else {}) | dict(surrogates or {})
+    sources |= ({subject.called: subject.twin} if subject.twin else {}) | dict(surrogates or {})
     if not any(followed(attack, judged, sources) for attack in trial.attacks):
         first = trial.attacks[0]
         missing = " and ".join(first.needs) or "source of them"
@@ -179,8 +182,11 @@ def examine(
         checks_seconds=seconds,
         undecidable=_guessing(subject, clean_right, rules),
     )
+    judgement = replace(judgement, code_ran=subject.code_ran)
     if not any(source != SCORES for _, source in outcome.fooled):
         judgement = replace(judgement, why=f"{judgement.why}; it rests on its scores alone, no gradients were followed")
+    if subject.note:
+        judgement = replace(judgement, why=f"{judgement.why}; {subject.note}")
     return Examined(judgement, outcome, replayed.argmax(1), judged, float_robust)
 
 

@@ -119,6 +119,7 @@ class ArtifactVerdict:
     checks: tuple[Check, ...] = ()
     checks_seconds: float | None = None  # what the checks took, beside the attacks' own seconds
     judged_on: str | None = None
+    code_ran: bool | None = None  # the file is a program (TorchScript), and it ran on its user's word
     verdict: str
     why: str
     command: str | None = None  # of a file that cannot run here: what judges it on its device

@@ -68,11 +68,13 @@ def verify(
     classes: str | Path | None = None,
     resize: bool = False,
     size: int | None = None,
+    trust_file: bool = False,
 ) -> dict[str, Any]:
     """Attack exported files in their own runtimes and say whether the robustness of their student survived in them.
 
     Args:
-        what: a run folder, one artifact folder of a run, or an ONNX file; every artifact of the latest run by default.
+        what: a run folder, one artifact folder of a run, or an ONNX or TorchScript file; every artifact of the
+            latest run by default.
         attack: names of attacks and suites as attacks.parse takes them, separated by commas; robust accuracy is the
             worst case over all.
         samples: test images, a seeded, stratified draw; 1,000, or all where there are fewer.
@@ -89,10 +91,10 @@ def verify(
         markdown, junit: the verdict for a pull request, and as JUnit XML for CI.
         judge: "tcp://HOST:PORT" or a command line: the program or device that answers in the place of one file.
         command: what was typed, for the report.
-        data: FOLDER/CLASS/* or FOLDER/test/CLASS/*: the photos for an ONNX file that belongs to no run.
+        data: FOLDER/CLASS/* or FOLDER/test/CLASS/*: the photos for a file that belongs to no run.
         source: a model whose gradients are followed as well: student.safetensors, or an ONNX file.
-        mean, std, layout, channels, output, classes, resize, size: what an ONNX file does not say of itself, as
-            foreign.Said explains.
+        mean, std, layout, channels, output, classes, resize, size, trust_file: what a file of no run does not say of
+            itself, as foreign.Said explains.
     Returns:
         The document that `--json` prints; it is also kept as verdicts/<n>/verdict.json in the run's folder, or in
         edgekit-verdicts/<n>/ for a file of no run.
@@ -110,7 +112,9 @@ def verify(
     radius = None if epsilon is None else _radius(epsilon, norm or "Linf")
     copies = _copies({"--report": report, "--markdown": markdown, "--junit": junit})
     torch.set_flush_denormal(True)
-    said = Said(mean, std, layout, channels, output, None if classes is None else Path(classes), resize, size)
+    said = Said(
+        mean, std, layout, channels, output, None if classes is None else Path(classes), resize, size, trust_file
+    )
     assignment = assign(what, None if data is None else Path(data), said, samples, seed, radius, judge)
     trial = Trial(
         attacks,
