@@ -5,6 +5,7 @@ import json as jsonlib
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -206,7 +207,9 @@ def verify(
         size=size,
         trust_file=trust_file,
     )
-    if json:
+    if console.quiet:  # process 0 speaks for all
+        pass
+    elif json:
         _print_json(document)
     else:
         from edgekit.report import terminal
@@ -279,6 +282,15 @@ def _leave(message: str, code: int) -> NoReturn:
     console.print(
         f"edgekit: {printable(message)}", markup=False, soft_wrap=True, style="bold red" if code != 130 else None
     )
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Where a launcher started several processes they end together."""
+    if crew := sys.modules.get("edgekit.crew"):
+        crew.leave(code)
+    elif console.quiet:
+        time.sleep(1)  # a launcher that sees one process fail ends all: process 0 first says its sentence
     sys.exit(code)
 
 
@@ -290,7 +302,7 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         code = app(standalone_mode=False)  # not standalone, so that faults reach the clauses below; Exit is returned
-        sys.exit(code if isinstance(code, int) else 0)
+        _exit(code if isinstance(code, int) else 0)
     except EdgekitError as error:
         _leave(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekit import checks, verdict
+from edgekit import checks, crew, verdict
 from edgekit.attacks import Attack
 from edgekit.attacks.campaign import CHUNK, SCORES, Memory, Outcome, confront, followed
 from edgekit.checks import alike, share
@@ -53,7 +53,7 @@ class Trial:
             seed=self.seed,
             epsilon=self.epsilon,
             grid=self.grid,
-            memory=memory,
+            memory=crew.current().share(memory),
             advance=advance,
         )
 
@@ -138,6 +138,7 @@ def examine(
     outcome = trial.run(judged, sources, watch(subject.name, len(sources)), memory(subject.name))
     _finite(outcome.clean, subject)
     float_robust = None if beside is None else _float_robust(subject, beside, trial, watch, memory)
+    crew.current().release()
     evidence = checks.Evidence(
         judged,
         sources,

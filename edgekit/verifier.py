@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekit import __version__, archive, foreign, verdict
+from edgekit import __version__, archive, crew, foreign, verdict
 from edgekit import judge as judges
 from edgekit.archive import Notebook
 from edgekit.assignment import Assignment, assign, surrogate
@@ -38,6 +38,7 @@ from edgekit.sweep import sweep
 from edgekit.verdict import ArtifactVerdict, FloatStudent, Rules, Verdict
 
 
+@crew.together
 def verify(
     what: str | Path | None = None,
     *,
@@ -128,16 +129,31 @@ def verify(
     )
     if assignment.student is not None:
         say(power_sentence(len(trial.labels), rules.tolerance, rules.clean_tolerance))
-    notebook = Notebook(assignment.verdicts, _key(assignment, trial, source, judge), fresh=not resume)
+    among = crew.current()
+    if judge is not None and among.size > 1:
+        raise EdgekitError(f"a judge answers one process, and {among.size} were started", where="--judge")
+    notebook = Notebook(
+        assignment.verdicts, _key(assignment, trial, source, judge), fresh=not resume and not among.helper
+    )
+    among.follow("notebook")
+    among.afterwards.append(notebook.close)
     if resume:
         say(f"{notebook.parts} finished parts are taken up" if notebook.parts else "There is nothing to continue.")
     with contextlib.ExitStack() as stack:
         stack.enter_context(_kept(notebook, command if resume else f"{command} --resume"))
         stack.enter_context(_torch_threads(assignment.threads))
         surrogates = {} if source is None else surrogate(Path(source), assignment)
-        archived = stack.enter_context(archive.adversarial(save_adversarial, trial)) if save_adversarial else None
+        saving = save_adversarial if not among.helper else None
+        archived = stack.enter_context(archive.adversarial(saving, trial)) if saving else None
         results = _examine_all(
-            assignment, surrogates, trial, rules, notebook, archived, self_test=self_test, curves="--report" in copies
+            assignment,
+            surrogates,
+            trial,
+            rules,
+            notebook,
+            archived,
+            self_test=self_test,
+            curves="--report" in copies and not among.helper,
         )
         document = verdict.summarize(
             rules,
@@ -279,7 +295,10 @@ def _examine_all(
                     raise
                 results.artifacts.append(verdict.not_run(**entry.about, why=str(error)))
                 continue
-            examined = examine(subject, beside, trial, rules, surrogates, watch, notebook.page, self_test=self_test)
+            try:
+                examined = examine(subject, beside, trial, rules, surrogates, watch, notebook.page, self_test=self_test)
+            except crew.Released:
+                continue
             if bar.disable:
                 seconds = sum(examined.outcome.seconds.values())
                 checked = f"checks {examined.verdict.checks_seconds or 0:.1f} s"
@@ -296,6 +315,7 @@ def _examine_all(
             results.lines += archive.lines(name, trial, None if beside is None else beside.own, examined)
             if archived:
                 archived(name, examined)
+    crew.current().release()
     if not results.lines:
         why = results.artifacts[0].why
         raise EdgekitError(f"nothing could run here ({why})", exit_code=ENVIRONMENT)

@@ -11,9 +11,9 @@ ROOT = Path(edgekit.__file__).parent
 # From the top of the house to the bottom: a module may import from below its own line only.
 FLOORS = [
     "__main__", "cli", "exporter", "inspector", "quantize", "train", "verifier", "archive", "sweep", "assignment",
-    "examine", "checks", "script", "foreign", "report", "methods", "attacks", "twin", "judge", "formats", "models",
-    "data", "artifact", "verdict", "statistics", "runs", "recipe", "machine", "console", "shipped", "classifier", "ort",
-    "randomness", "files", "errors",
+    "examine", "checks", "crew", "script", "foreign", "report", "methods", "attacks", "twin", "judge", "formats",
+    "models", "data", "artifact", "verdict", "statistics", "runs", "recipe", "machine", "console", "shipped",
+    "classifier", "ort", "randomness", "files", "errors",
 ]  # fmt: skip
 
 
