@@ -522,13 +522,13 @@ def test_the_self_test_is_one_more_check(desk) -> None:
 
 
 def test_killed_at_any_moment_verify_goes_on_to_the_same_verdict(desk) -> None:
-    attacks = ",".join(f"pgd{steps}x3-margin" for steps in range(300, 312))
+    attacks = ",".join(f"pgd{steps}x3-margin" for steps in range(300, 330))
     words = ("--data", "photos", "--attack", attacks, "--epsilon", "0.5/255")
     whole = verify(desk, *words)[1]
     assert not list((desk / "edgekit-verdicts").glob(".*"))
     shutil.rmtree(desk / "edgekit-verdicts")
     draw, found = random.Random(0), 0
-    for _ in range(3):
+    for _ in range(10):
         process = subprocess.Popen(
             [sys.executable, "-m", "edgekit", "verify", "net.onnx", "--json", "--resume", *words],
             cwd=desk,
@@ -537,15 +537,17 @@ def test_killed_at_any_moment_verify_goes_on_to_the_same_verdict(desk) -> None:
             text=True,
         )
         deadline = time.monotonic() + 60
-        while len(list((desk / "edgekit-verdicts").glob(".*/*.safetensors"))) <= found:
+        more = draw.randrange(3)  # 0: it is killed while it starts, or before its first part is whole
+        while len(list((desk / "edgekit-verdicts").glob(".*/*.safetensors"))) < found + more:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 0.2 if more else 3))
         process.kill()
         process.communicate()
         left = len(list((desk / "edgekit-verdicts").glob(".*/*.safetensors")))
-        assert found < left < 12  # it did not begin anew, and it was not through
+        assert found + more <= left < 30  # it did not begin anew, and it was not through
         found = left
+    assert found >= 5
     resumed = verify(desk, *words, "--resume")
     assert f"{found} finished parts are taken up" in resumed[2]
     assert timeless(resumed[1]) == timeless(whole)
