@@ -10,7 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy
 import safetensors
@@ -110,10 +110,17 @@ class Notebook:
             if lock := _locked(self.folder):
                 break
             number += 1
-        self._lock = lock
+        self._lock: IO[bytes] | None = lock
         if fresh:
             for part in self.folder.glob("*.safetensors"):
                 part.unlink(missing_ok=True)
+
+    @classmethod
+    def joined(cls, folder: str | Path) -> Self:
+        """The notebook that another process of the same work opened, which alone removes it."""
+        made = cls.__new__(cls)
+        made.folder, made._lock = Path(folder), None
+        return made
 
     def page(self, judge: str) -> "Page":
         """The Memory of one judge."""
@@ -125,6 +132,8 @@ class Notebook:
 
     def leave(self) -> None:
         """Let another command take the parts up; without any, nothing is left behind."""
+        if self._lock is None:
+            return
         if self.parts:
             self._lock.close()
         else:
@@ -132,6 +141,8 @@ class Notebook:
 
     def close(self) -> None:
         """Remove the parts, and the folder of the verdicts where it holds no other."""
+        if self._lock is None:
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
         with contextlib.suppress(OSError):

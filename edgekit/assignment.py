@@ -1,5 +1,6 @@
 """What is to be judged: the artifacts of a run, or one file of anyone's, with its images and the models beside it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,11 +10,11 @@ from typing import Any
 import torch
 
 from edgekit import artifact as artifacts
-from edgekit import foreign, machine, models, places, runs, saturation, twin, verdict
+from edgekit import foreign, machine, models, places, runs, saturation, script, twin, verdict
 from edgekit import judge as judges
 from edgekit.artifact import Artifact
 from edgekit.attacks.campaign import SCORES, TOGETHER
-from edgekit.classifier import Classifier
+from edgekit.classifier import Classifier, Wrapped
 from edgekit.console import say
 from edgekit.data import Dataset, Split, stratified
 from edgekit.data import load as load_data
@@ -21,6 +22,7 @@ from edgekit.errors import EdgekitError
 from edgekit.examine import Subject
 from edgekit.files import sha256
 from edgekit.foreign import Said
+from edgekit.judge import Remote
 from edgekit.models import Network
 from edgekit.models.fold import fold
 from edgekit.recipe import read
@@ -29,6 +31,7 @@ from edgekit.runs import Run
 SAMPLES = 1000
 EVERY = 2**31 - 1  # as a number of samples: all that there are
 SPLIT = "test"
+PROBED = 8  # images by which a judge's probabilities are recognised
 OWN_VERDICTS = Path("edgekit-verdicts")  # of files that belong to no run
 
 
@@ -61,9 +64,15 @@ class Assignment:
 
 
 def _of_run(
-    path: Path | None, samples: int | None, seed: int, radius: float | None, on: Sequence[str] | None
+    path: Path | None,
+    samples: int | None,
+    seed: int,
+    radius: float | None,
+    on: Sequence[str] | None,
+    *,
+    local: bool = True,
 ) -> Assignment:
-    """The artifacts of a run, or one of them, on the run's own test images."""
+    """The artifacts of a run, or one of them, on the run's own test images; `local`: opened on this machine."""
     run, found = _found(path)
     recipe = read(run.recipe_file)
     dataset = _same_data(run, recipe.data)
@@ -72,7 +81,7 @@ def _of_run(
     threads = min(run.info().get("threads", 1), machine.cores())
     student = _attackable(models.load(run.student, factory=recipe.student.architecture))
     return Assignment(
-        entries=[Entry(_about(run, one), partial(_subject, run, one, threads, on)) for one in found],
+        entries=[Entry(_about(run, one), partial(_subject, run, one, threads, on, local=local)) for one in found],
         split=split,
         data=verdict.Data(dataset.name, SPLIT, dataset.sha256),
         epsilon=recipe.inner.epsilon if radius is None else radius,
@@ -92,8 +101,11 @@ def _of_file(
     seed: int,
     radius: float | None,
     on: Sequence[str] | None,
+    remote: Callable[[], Remote] | None = None,
 ) -> Assignment:
-    """An ONNX file that belongs to no run, on a folder of photos."""
+    """A file that belongs to no run, on a folder of photos; `remote` answers in its place."""
+    if path.suffix in script.SUFFIXES:
+        return _of_script(path, folder, said, samples, seed, radius)
     model = foreign.read(path)
     port = foreign.port(path, model, said)
     if folder is None:
@@ -101,7 +113,12 @@ def _of_file(
             "this file belongs to no run: it needs photos to be judged on", where=path, mend="Say --data FOLDER"
         )
     opened = partial(judges.open, path, threads=machine.cores(), output=port.output)
-    classes = port.classes or foreign.count_classes(path, port, opened(), said)
+    classes = port.classes
+    if classes is None and remote is not None:  # the device says it: here the file need not open at all
+        classes = foreign.count_classes(
+            path, replace(port, mean=None, layout="nchw", bgr=False, element="float32"), remote(), said
+        )
+    classes = classes or foreign.count_classes(path, port, opened(), said)
     photos = foreign.photos(folder, port, classes, said, samples or SAMPLES, seed)
     _few(photos.split, samples)
     threads = machine.cores()
@@ -124,6 +141,54 @@ def _of_file(
             open=lambda: foreign.Ported(port, opened(), differentiable=False),
             twin=copy,
             chance=1 / classes,
+        )
+
+    return Assignment(
+        entries=[Entry(about, subject)],
+        split=photos.split,
+        data=verdict.Data(photos.name, SPLIT, photos.sha256),
+        epsilon=8 / 255 if radius is None else radius,
+        threads=threads,
+        verdicts=OWN_VERDICTS,
+        classes=port.names,
+        port=port,
+    )
+
+
+def _of_script(
+    path: Path, folder: Path | None, said: Said, samples: int | None, seed: int, radius: float | None
+) -> Assignment:
+    """A TorchScript file that belongs to no run, once its user trusts it."""
+    read, threads = script.archive(path), machine.cores()
+    if folder is None and said.trust_file:
+        raise EdgekitError(
+            "this file belongs to no run: it needs photos to be judged on", where=path, mend="Say --data FOLDER"
+        )
+    module = script.opened(path, read, said, folder or Path(), threads)
+    port, classes = module.port, module.classes
+    photos = foreign.photos(folder or Path(), port, classes, said, samples or SAMPLES, seed)
+    _few(photos.split, samples)
+    about = {
+        "name": path.stem,
+        "format": "torchscript",
+        "precision": read.precision,
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+    }
+
+    def subject() -> Subject:
+        own = None if read.lite else script.gradients(path, port, photos.split[:2].floats())
+        note = "TorchScript is code, and the file's ran here (--trust-file)"
+        return Subject(
+            **about,
+            judged_on=judges.judged_on("torchscript"),
+            open=lambda: foreign.Ported(port, module.open(), differentiable=False),
+            twin=own,
+            called="file",
+            chance=1 / classes,
+            code_ran=True,
+            note=note + ("" if own else "; no gradients pass through the file itself"),
         )
 
     return Assignment(
@@ -171,7 +236,7 @@ def surrogate(path: Path, assignment: Assignment) -> dict[str, Classifier]:
             f"does not take these images ({str(error).splitlines()[0][:120]})", where=f"--source {path}"
         ) from None
     name = path.stem.replace(TOGETHER, "-")
-    return {path.name if name in ("float", "twin", SCORES) else name: network}
+    return {path.name if name in ("float", "twin", "file", SCORES) else name: network}
 
 
 def assign(
@@ -196,30 +261,56 @@ def assign(
     path = None if what is None else Path(what)
     if path is not None and data is not None and (path / "artifact.json").is_file():
         path = artifacts.load(path).path  # an artifact away from its run is a file like any other
+    if path is not None and data is not None and not path.exists():
+        raise EdgekitError("there is no such file", where=path)
+    remote = None if judge is None else functools.cache(partial(judges.connect, judge))
     if path is not None and path.is_file() and (data is not None or not (path.parent / "artifact.json").is_file()):
-        found = _of_file(path, data, said, samples, seed, radius, on)
+        found = _of_file(path, data, said, samples, seed, radius, on, remote)
     elif given := [*(["--data"] if data is not None else []), *said.options()]:
         raise EdgekitError("is for a file that belongs to no run; a run has its own data", where=given[0])
     else:
-        found = _of_run(path, samples, seed, radius, on)
+        found = _of_run(path, samples, seed, radius, on, local=remote is None)
     found = replace(found, processors=None if on is None else tuple(on))
-    return found if judge is None else _judged_by(found, judge)
+    return found if remote is None else _judged_by(found, f"judge {judge}", remote)
 
 
-def _judged_by(assignment: Assignment, address: str) -> Assignment:
+def _judged_by(assignment: Assignment, called: str, remote: Callable[[], Remote]) -> Assignment:
     """The same with one file's answers taken from a program or device."""
     if len(assignment.entries) != 1:
         names = ", ".join(entry.about["name"] for entry in assignment.entries)
         mend = "Name the artifact whose file runs there"
         raise EdgekitError(f"one judge answers for one file, not for {names}", where="--judge", mend=mend)
     (entry,) = assignment.entries
-    remote = judges.connect(address)
+    asked = _scored(assignment, remote())
 
     def subject() -> Subject:
         # One conversation: a device may take no second one, so the replay asks the same judge again.
-        return replace(entry.subject(), judged_on=f"judge {address}", open=lambda: remote, others=())
+        return replace(entry.subject(), judged_on=called, open=lambda: asked, others=())
 
     return replace(assignment, entries=[Entry(entry.about, subject)])
+
+
+def _scored(assignment: Assignment, remote: Remote) -> Classifier:
+    """The judge; where its file ends in a softmax and it answers probabilities, their logarithms are the scores.
+
+    Raises:
+        EdgekitError: it answers another number of scores than the file has.
+    """
+    port = assignment.port
+    if port is None:
+        return remote
+    answers = remote(assignment.split[:PROBED].floats())
+    if port.classes not in (None, answers.shape[1]):
+        raise EdgekitError(f"the judge answers {answers.shape[1]} scores, the file {port.classes}", where="--judge")
+    if not port.probabilities:
+        return remote
+    sums = answers.sum(1)
+    # A device's softmax may be of 8 or 16 bits, so that a sum is 1 only about.
+    if not (bool((answers >= 0).all()) and bool(((sums - 1).abs() < 0.05).all())):
+        say("The file ends in a softmax, and the judge answers no probabilities: they are taken as scores")
+        return remote
+    say("The file ends in a softmax: the logarithms of the judge's probabilities are its scores")
+    return Wrapped(lambda images: port.scores(remote(images)), differentiable=False)
 
 
 def _found(path: Path | None) -> tuple[Run, list[Artifact]]:
@@ -282,11 +373,11 @@ def _about(run: Run, one: Artifact) -> dict[str, Any]:
     }
 
 
-def _subject(run: Run, one: Artifact, threads: int, on: Sequence[str] | None) -> Subject:
+def _subject(run: Run, one: Artifact, threads: int, on: Sequence[str] | None, *, local: bool) -> Subject:
     int8 = (one.format, one.precision) == ("onnx", "int8")
     copy = twin.open(one.path) if int8 else None
     opener = partial(judges.open, one, threads=threads)
-    first = [opener()]  # a missing runtime shows here, before anything is attacked
+    first = [opener()] if local else []  # a missing runtime shows here, before anything is attacked
     opened = lambda: first.pop() if first else opener()  # noqa: E731
     more: dict[str, Any]
     if int8:

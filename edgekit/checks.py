@@ -468,11 +468,21 @@ def robust_accuracy_did_not_rise(float_robust: Tensor, robust: Tensor, rules: Ru
 
 
 def twin_fidelity(copy: Classifier, images: Tensor, outcome: Outcome, replayed: Tensor) -> tuple[Twin, Check]:
-    """How the twin answers the clean and the adversarial images, against what the file said (`replayed`, (N, K))."""
+    """How the twin answers the clean and the adversarial images, against what the file said (`replayed`, (N, K)).
+
+    The largest difference is that of the images to which the twin answers with numbers; where it does not, the check
+    fails.
+    """
     said = torch.cat([outcome.clean, replayed])
     copied = torch.cat([predict(copy, images, CHUNK), predict(copy, outcome.adversarial, CHUNK)])
-    fidelity = Twin(share(said.argmax(1) == copied.argmax(1)), (said - copied).abs().max().item())
+    numbers = copied.isfinite().all(1)
+    furthest = (said - copied)[numbers].abs().amax().item() if numbers.any() else 0.0
+    # What is no number decides nothing, whichever class argmax makes of it.
+    fidelity = Twin(share((said.argmax(1) == copied.argmax(1)) & numbers), furthest)
     why = f"the twin decides as the file does on {100 * fidelity.agreement:.2f} % of clean and adversarial images"
+    if not numbers.all():
+        why += f"; to {int((~numbers).sum())} of {len(numbers)} it answers with infinities, or with no numbers"
+        return fidelity, Check("twin_fidelity", False, fidelity.agreement, why)
     return fidelity, Check("twin_fidelity", fidelity.agreement >= FAITHFUL, fidelity.agreement, why)
 
 

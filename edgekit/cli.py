@@ -5,6 +5,7 @@ import json as jsonlib
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -106,7 +107,7 @@ def verify(
         Path | None,
         typer.Argument(
             metavar="RUN|ARTIFACT|FILE",
-            help="A run, an artifact folder, an ONNX file.",
+            help="A run, an artifact folder, an ONNX or TorchScript file.",
             show_default="the latest run",
         ),
     ] = None,
@@ -181,6 +182,9 @@ def verify(
         int | None,
         typer.Option(metavar="N", min=1, help="Their side, where the file takes any size.", rich_help_panel=_FILE),
     ] = None,
+    trust_file: Annotated[
+        bool, typer.Option("--trust-file", help="TorchScript is code: let the file's run.", rich_help_panel=_FILE)
+    ] = False,
     json: Json = False,
 ) -> None:
     """Attack exported files in their own runtimes and say whether the robustness survived."""
@@ -220,8 +224,11 @@ def verify(
         classes=classes,
         resize=resize,
         size=size,
+        trust_file=trust_file,
     )
-    if json:
+    if console.quiet:  # process 0 speaks for all
+        pass
+    elif json:
         _print_json(document)
     else:
         from edgekit.report import terminal
@@ -294,6 +301,15 @@ def _leave(message: str, code: int) -> NoReturn:
     console.print(
         f"edgekit: {printable(message)}", markup=False, soft_wrap=True, style="bold red" if code != 130 else None
     )
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Where a launcher started several processes they end together."""
+    if crew := sys.modules.get("edgekit.crew"):
+        crew.leave(code)
+    elif console.quiet:
+        time.sleep(1)  # a launcher that sees one process fail ends all: process 0 first says its sentence
     sys.exit(code)
 
 
@@ -305,7 +321,7 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         code = app(standalone_mode=False)  # not standalone, so that faults reach the clauses below; Exit is returned
-        sys.exit(code if isinstance(code, int) else 0)
+        _exit(code if isinstance(code, int) else 0)
     except EdgekitError as error:
         _leave(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):

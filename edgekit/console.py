@@ -1,5 +1,6 @@
 """What people see: everything goes to stderr, so that stdout stays free for `--json` and for results."""
 
+import os
 import sys
 
 from rich.console import Console
@@ -7,7 +8,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from edgekit.errors import printable
 
-console = Console(stderr=True, highlight=False)
+
+def rank() -> int:
+    """The number of this process among those that a launcher started for one piece of work; 0 speaks for all."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+    return next((int(value) for name in names if (value := os.environ.get(name, "")).isdigit()), 0)
+
+
+console = Console(stderr=True, highlight=False, quiet=rank() > 0)
 
 
 def say(text: object) -> None:

@@ -195,7 +195,9 @@ def _attacked(
     if attacks:
         page = memory(name)
         counting = None if page is None else _Counting(page, compared)
-        found = replace(trial, attacks=attacks).run(compared, sources, watch(name, len(sources)), counting)
+        found = replace(trial, attacks=attacks).run(
+            compared, sources, watch(name, len(sources)), counting, shared=False
+        )
         if counting is not None:
             counting.end()
         clean, robust = found.clean, found.robust

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekit import checks, verdict
+from edgekit import checks, crew, verdict
 from edgekit.attacks import Attack
 from edgekit.attacks.campaign import CHUNK, SCORES, Memory, Outcome, confront, followed
 from edgekit.checks import alike, share
@@ -49,7 +49,10 @@ class Trial:
         sources: Mapping[str, Classifier],
         advance: Advance = lambda *_: None,
         memory: Memory | None = None,
+        *,
+        shared: bool = True,
     ) -> Outcome:
+        """What `judge` goes through; `shared` among the processes that a launcher started, where it started several."""
         return confront(
             judge,
             sources,
@@ -60,7 +63,7 @@ class Trial:
             seed=self.seed,
             epsilon=self.epsilon,
             grid=self.grid,
-            memory=memory,
+            memory=crew.current().share(memory) if shared else memory,
             advance=advance,
         )
 
@@ -91,6 +94,9 @@ class Subject:
     judged_on: str
     open: Callable[[], Classifier]
     twin: Classifier | None = None
+    called: str = "twin"  # what the gradients of `twin` are called among the sources
+    code_ran: bool | None = None  # the file is a program, and it ran
+    note: str | None = None  # what the verdict's sentence says besides
     chance: float | None = None  # accuracy by guessing, of a file that may be fed or read in the wrong way
     others: tuple[Other, ...] = ()  # where it is judged beside `native`: elsewhere.py
     quantum: float | None = None  # the step of an int8 file's scores
@@ -202,7 +208,7 @@ def prepare(
     torch.set_flush_denormal(True)
     _finite(predict(judged, trial.images[:CHUNK], CHUNK), subject)
     sources = {"float": student} if student else {}
-    sources |= ({"twin": subject.twin} if subject.twin else {}) | dict(surrogates or {})
+    sources |= ({subject.called: subject.twin} if subject.twin else {}) | dict(surrogates or {})
     if not any(followed(attack, judged, sources) for attack in trial.attacks):
         first = trial.attacks[0]
         missing = " and ".join(first.needs) or "source of them"
@@ -226,6 +232,7 @@ def face(
     outcome = trial.run(opened.judged, opened.sources, watch(subject.name, len(opened.sources)), memory(subject.name))
     _finite(outcome.clean, subject)
     float_robust = None if beside is None else _float_robust(subject, beside, trial, watch, memory)
+    crew.current().release()
     own = None if beside is None else beside.own
     replayed = _finite(predict(opened.again, outcome.adversarial, CHUNK), subject)
     outcome, replayed, check = checks.settle_all(_evidence(opened, trial, outcome, own), opened.again, replayed)
@@ -280,6 +287,8 @@ def conclude(
     )
     if not any(source != SCORES for _, source in outcome.fooled):
         judgement = replace(judgement, why=f"{judgement.why}; it rests on its scores alone, no gradients were followed")
+    if subject.note:
+        judgement = replace(judgement, why=f"{judgement.why}; {subject.note}")
     return Examined(judgement, outcome, faced.replayed.argmax(1), opened.judged, faced.float_robust)
 
 
@@ -307,6 +316,7 @@ def judge(
         judgement,
         within_one_quantum=_near(outcome.clean, subject.quantum),
         saturating_pairs=subject.saturating_pairs,
+        code_ran=subject.code_ran,
     )
 
 

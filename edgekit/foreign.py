@@ -43,6 +43,7 @@ class Said:
         classes: a file with one class name a line, or a JSON list of them, in the order of the scores.
         resize: whether photos of another size are cropped and resized to the file's.
         size: the side of the images, in pixels, where the file takes any.
+        trust_file: the file may run its code: TorchScript is opened.
     """
 
     mean: str | None = None
@@ -53,10 +54,11 @@ class Said:
     classes: Path | None = None
     resize: bool = False
     size: int | None = None
+    trust_file: bool = False
 
     def options(self) -> list[str]:
         """The names of the options that were given."""
-        return [f"--{name}" for name, value in vars(self).items() if value]
+        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value]
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,11 @@ def read(path: Path) -> "ModelProto":
 
     if not path.is_file():
         raise EdgekitError("there is no such file", where=path)
-    if _utf8(path) != str(path):  # the libraries below refuse it, each in words of its own
-        raise EdgekitError("the name is no UTF-8", where=_utf8(path), mend="Rename the file or its folder")
+    if utf8(path) != str(path):  # the libraries below refuse it, each in words of its own
+        raise EdgekitError("the name is no UTF-8", where=utf8(path), mend="Rename the file or its folder")
     if path.suffix in (".pt", ".ptl", ".pth", ".torchscript"):
         raise EdgekitError(
-            "TorchScript and pickles are code, and this file is not part of a run of edgekit's own",
+            "TorchScript and pickles are code, and are not opened here",
             where=path,
             mend="Export it to ONNX with torch.onnx.export",
         )
@@ -175,7 +177,7 @@ def read(path: Path) -> "ModelProto":
         if external(model):
             onnx.load_external_data_for_model(model, str(path.parent))
     except (onnx.checker.ValidationError, ValueError, OSError) as error:
-        raise EdgekitError(f"an invalid ONNX graph ({_first_line(error)})", where=path) from None
+        raise EdgekitError(f"an invalid ONNX graph ({first_line(error)})", where=path) from None
     return model
 
 
@@ -212,7 +214,7 @@ def port(path: Path, model: "ModelProto", said: Said) -> Port:
         raise EdgekitError(
             f"there is no order of channels '{order}'", where="--channels", mend=nearest(order, CHANNELS)
         )
-    mean, std = _normalization(said, metadata, channels, path)
+    mean, std = normalization(said, metadata, channels, path)
     answer = _output(path, model, said.output)
     width = _shape(answer)[1:] if answer.type.tensor_type.HasField("shape") else []
     classes = None
@@ -222,7 +224,7 @@ def port(path: Path, model: "ModelProto", said: Said) -> Port:
             classes *= part or 1
         if classes < 2:
             raise EdgekitError(f"the output '{answer.name}' has one value: no classifier of two or more", where=path)
-    names = _class_names(said.classes, metadata)
+    names = class_names(said.classes, metadata)
     if names and classes and len(names) != classes:
         where = said.classes or path
         raise EdgekitError(f"{len(names)} class names for the {classes} scores of '{answer.name}'", where=where)
@@ -332,7 +334,7 @@ def _dims(shape: Sequence[int | None]) -> str:
     return " x ".join("?" if size is None else str(size) for size in shape)
 
 
-def _normalization(
+def normalization(
     said: Said, metadata: Mapping[str, str], channels: int, path: Path
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Mean and standard deviation in units of [0, 1], each from its option, else from the metadata; or none at all."""
@@ -418,12 +420,12 @@ def _ends_in_softmax(model: "ModelProto", output: str) -> bool:
     return node is not None and node.op_type == "Softmax"
 
 
-def _utf8(name: str | Path) -> str:
+def utf8(name: str | Path) -> str:
     """A file's name, with bytes that are no UTF-8 shown as escapes: no JSON document could hold them."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -451,13 +453,7 @@ def photos(folder: Path, port: Port, classes: int, said: Said, samples: int, see
         EdgekitError: no folder, no images, a class without any, more classes than scores, an image that is broken or
             of another size than the file's.
     """
-    if not folder.is_dir():
-        raise EdgekitError("there is no such folder", where=f"--data {folder}")
-    root = folder / "test" if (folder / "test").is_dir() and _class_folders(folder / "test") else folder
-    folders = _class_folders(root)
-    if not folders:
-        mend = "Expected FOLDER/CLASS/*.jpg or FOLDER/test/CLASS/*.jpg"
-        raise EdgekitError("there are no class folders", where=f"--data {folder}", mend=mend)
+    root, folders = _rooted(folder)
     names = [one.name for one in folders]
     places, named = matched(names, port.names, classes)
     files = [sorted(path for path in one.iterdir() if path.suffix.lower() in data.IMAGES) for one in folders]
@@ -471,7 +467,32 @@ def photos(folder: Path, port: Port, classes: int, said: Said, samples: int, see
     images = _as_taken(data.decode([paths[i] for i in chosen.tolist()], _size(port, said), _MEND), port, paths[0])
     # Of all photos, not of those drawn: another seed or number of samples is another look at the same data.
     total = digest(*(part for path in paths for part in (os.fsencode(path.relative_to(root)), sha256(path))))
-    return Photos(Split(images, labels[chosen], chosen), _utf8(folder.resolve().name), total)
+    return Photos(Split(images, labels[chosen], chosen), utf8(folder.resolve().name), total)
+
+
+def first_photo(folder: Path) -> Path:
+    """The first photo of a folder of class folders.
+
+    Raises:
+        EdgekitError: there is none.
+    """
+    _, folders = _rooted(folder)
+    found = sorted(path for path in folders[0].iterdir() if path.suffix.lower() in data.IMAGES)
+    if not found:
+        raise EdgekitError("the class has no images", where=folders[0])
+    return found[0]
+
+
+def _rooted(folder: Path) -> tuple[Path, list[Path]]:
+    """The folder that holds the class folders, and these."""
+    if not folder.is_dir():
+        raise EdgekitError("there is no such folder", where=f"--data {folder}")
+    root = folder / "test" if (folder / "test").is_dir() and _class_folders(folder / "test") else folder
+    folders = _class_folders(root)
+    if not folders:
+        mend = "Expected FOLDER/CLASS/*.jpg or FOLDER/test/CLASS/*.jpg"
+        raise EdgekitError("there are no class folders", where=f"--data {folder}", mend=mend)
+    return root, folders
 
 
 _MEND = "Say --resize to crop and resize them, and --size N where the file takes any size"
@@ -511,7 +532,7 @@ def _as_taken(images: Tensor, port: Port, first: Path) -> Tensor:
 # Class names ----------------------------------------------------------------------------------------------------------
 
 
-def _class_names(file: Path | None, metadata: Mapping[str, str]) -> tuple[str, ...] | None:
+def class_names(file: Path | None, metadata: Mapping[str, str]) -> tuple[str, ...] | None:
     """From the user's file, else from the metadata: a list, or a mapping from number to name, as JSON or Python."""
     if file is not None:
         if not file.is_file():

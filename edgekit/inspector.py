@@ -6,7 +6,7 @@ from typing import Any
 
 import safetensors
 
-from edgekit import artifact, foreign
+from edgekit import artifact, foreign, script
 from edgekit.errors import EdgekitError
 from edgekit.files import sha256
 from edgekit.foreign import Said
@@ -32,9 +32,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     about: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)}
     if path.suffix == ".safetensors":
         return about | _weights(path)
-    if path.suffix in (".pt", ".ptl"):
-        # Opening it could run code of the file; what it is made from stands beside it.
-        return about | {"kind": "torchscript", **_beside(path)}
+    if path.suffix in script.SUFFIXES:
+        return about | {"kind": "torchscript", **script.describe(path), **_beside(path)}
     model = foreign.read(path)
     about |= {"kind": "onnx", "precision": foreign.precision(model), **onnx.describe(path), **_beside(path)}
     try:

@@ -106,6 +106,29 @@ def processes() -> int:
     return max(int(value) if (value := os.environ.get(name, "")).isdigit() else 1 for name in names)
 
 
+def asked_of_accelerate() -> int:
+    """How many processes `accelerate launch --cpu` was asked for; it starts one and leaves the rest to MPI.
+
+    Returns:
+        1 where it was asked for no more, or was not there; 0 where it was asked for several and how many is not known.
+    """
+    if not {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= set(os.environ) or processes() > 1:
+        return 1
+    import psutil  # accelerate's own
+
+    try:
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent is not None else []
+    except psutil.Error:
+        return 0
+    said = {}
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        said.setdefault(name.replace("-", "_"), value or after)
+    count = said.get("__num_processes", "")
+    return int(count) if count.isdigit() and said.get("__num_machines", "1") == "1" else 0
+
+
 @contextlib.contextmanager
 def enough_memory(*, where: object, mend: str) -> Iterator[None]:
     """Say in one sentence that the memory of the machine or of its GPU is out.

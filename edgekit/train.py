@@ -62,9 +62,10 @@ def distill(
             this machine does not have.
         KeyboardInterrupt: after one line that says how to continue.
     """
-    if (count := machine.processes()) > 1:
+    if (count := machine.processes()) > 1 or (count := machine.asked_of_accelerate()) != 1:
         raise EdgekitError(
-            f"this version trains in one process, and {count} were started", mend="Start edgekit without a launcher"
+            f"this version trains in one process, and {count or 'several'} were asked for",
+            mend="Start edgekit without a launcher",
         )
     listed = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     try:

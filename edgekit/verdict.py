@@ -197,6 +197,7 @@ class ArtifactVerdict:
     within_one_quantum: float | None = None  # share of samples whose two best clean scores lie so near, of int8 files
     saturating_pairs: int | None = None  # of weights, whose products some x86 processors cannot sum in 16 bits
     judged_on: str | tuple[Place, ...] | None = None
+    code_ran: bool | None = None  # the file is a program (TorchScript), and it ran on its user's word
     verdict: str
     why: str
     command: str | None = None  # of a file that cannot run here: what judges it on its device

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekit import __version__, archive, foreign, looks, planned, processors, verdict
+from edgekit import __version__, archive, crew, foreign, looks, planned, processors, verdict
 from edgekit import baseline as earlier
 from edgekit import judge as judges
 from edgekit.archive import Notebook
@@ -42,6 +42,7 @@ from edgekit.sweep import sweep
 from edgekit.verdict import ArtifactVerdict, FloatStudent, Rules, Verdict
 
 
+@crew.together
 def verify(
     what: str | Path | None = None,
     *,
@@ -75,11 +76,13 @@ def verify(
     classes: str | Path | None = None,
     resize: bool = False,
     size: int | None = None,
+    trust_file: bool = False,
 ) -> dict[str, Any]:
     """Attack exported files in their own runtimes and say whether the robustness of their student survived in them.
 
     Args:
-        what: a run folder, one artifact folder of a run, or an ONNX file; every artifact of the latest run by default.
+        what: a run folder, one artifact folder of a run, or an ONNX or TorchScript file; every artifact of the
+            latest run by default.
         attack: names of attacks and suites as attacks.parse takes them, separated by commas; robust accuracy is the
             worst case over all.
         samples: test images, a seeded, stratified draw; 1,000, or all where there are fewer.
@@ -100,10 +103,10 @@ def verify(
         judge: "tcp://HOST:PORT" or a command line: the program or device that answers in the place of one file.
         on: "native,x86-avx2,arm64": the processors that each file is judged on, emulated; they must be set up.
         command: what was typed, for the report.
-        data: FOLDER/CLASS/* or FOLDER/test/CLASS/*: the photos for an ONNX file that belongs to no run.
+        data: FOLDER/CLASS/* or FOLDER/test/CLASS/*: the photos for a file that belongs to no run.
         source: a model whose gradients are followed as well: student.safetensors, or an ONNX file.
-        mean, std, layout, channels, output, classes, resize, size: what an ONNX file does not say of itself, as
-            foreign.Said explains.
+        mean, std, layout, channels, output, classes, resize, size, trust_file: what a file of no run does not say of
+            itself, as foreign.Said explains.
     Returns:
         The document that `--json` prints; it is also kept as verdicts/<n>/verdict.json in the run's folder, or in
         edgekit-verdicts/<n>/ for a file of no run.
@@ -122,7 +125,9 @@ def verify(
     copies = _copies({"--report": report, "--markdown": markdown, "--junit": junit})
     places = _places(on, judge)
     torch.set_flush_denormal(True)
-    said = Said(mean, std, layout, channels, output, None if classes is None else Path(classes), resize, size)
+    said = Said(
+        mean, std, layout, channels, output, None if classes is None else Path(classes), resize, size, trust_file
+    )
     before = None if baseline is None else earlier.read(baseline)
     most = EVERY if until_decided and samples is None else samples
     assignment = assign(what, None if data is None else Path(data), said, most, seed, radius, judge, places)
@@ -158,14 +163,25 @@ def verify(
     if assignment.student is not None:
         last = rules.confidence if plan is None else plan.confidence(plan.looks)
         say(power_sentence(len(trial.labels), rules.tolerance, rules.clean_tolerance, confidence=last))
-    notebook = Notebook(assignment.verdicts, _key(assignment, trial, source, judge, plan), fresh=not resume)
+    among = crew.current()
+    for option, given in (("--judge", judge), ("--until-decided", plan)):
+        if given is not None and among.size > 1:
+            raise EdgekitError(f"is for one process, and {among.size} were started", where=option)
+    key = _key(assignment, trial, source, judge, plan)
+    notebook = (
+        Notebook.joined(among.told("notebook"))
+        if among.helper
+        else Notebook(assignment.verdicts, key, fresh=not resume)
+    )
+    among.announce("notebook", str(notebook.folder))
     if resume:
         say(f"{notebook.parts} finished parts are taken up" if notebook.parts else "There is nothing to continue.")
     with contextlib.ExitStack() as stack:
         stack.enter_context(_kept(notebook, command if resume else f"{command} --resume"))
         stack.enter_context(_torch_threads(assignment.threads))
         surrogates = {} if source is None else surrogate(Path(source), assignment)
-        archived = stack.enter_context(archive.adversarial(save_adversarial)) if save_adversarial else None
+        saving = save_adversarial if not among.helper else None
+        archived = stack.enter_context(archive.adversarial(saving)) if saving else None
         results = _examine_all(
             assignment,
             surrogates,
@@ -174,7 +190,7 @@ def verify(
             notebook,
             archived,
             self_test=self_test,
-            curves="--report" in copies,
+            curves="--report" in copies and not among.helper,
             compared=compared,
             plan=plan,
         )
@@ -362,6 +378,8 @@ def _examine_all(
                 look = examined.verdict.plan
                 at = rules if look is None else replace(rules, confidence=look.confidence)
                 examined = everywhere(examined, subject, near, seen_trial, at, surrogates, watch, notebook.page)
+            except crew.Released:
+                continue
             except EdgekitError as error:
                 # What the other files went through for minutes is not thrown away for this one.
                 faults.append(error)
@@ -385,6 +403,7 @@ def _examine_all(
             results.lines += archive.lines(name, seen_trial, own, examined)
             if archived:
                 archived(name, seen_trial, examined)
+        crew.current().release()
         if planned_looks is not None:
             results.float_student = planned_looks.float_student()
     if not results.lines:

@@ -36,15 +36,11 @@ def test_weights_name_their_network_and_count_their_numbers(tmp_path) -> None:
     assert inspect(tmp_path / "w.safetensors")["numbers"] == 17
 
 
-def test_torchscript_is_not_opened(tmp_path) -> None:
-    (tmp_path / "net.pt").write_bytes(b"no archive at all")
-    assert inspect(tmp_path / "net.pt")["kind"] == "torchscript"
-
-
-@pytest.mark.parametrize("name", ["none.onnx", "w.safetensors", ".", "x.onnx"])
+@pytest.mark.parametrize("name", ["none.onnx", "w.safetensors", ".", "x.onnx", "x.pt"])
 def test_what_is_none_of_it_is_refused(tmp_path, name) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"\xff" * 16)  # a header that announces more than there is on earth
     (tmp_path / "x.onnx").write_bytes(b"x")
+    (tmp_path / "x.pt").write_bytes(b"no archive at all")
     with pytest.raises(EdgekitError):
         inspect(tmp_path / name)
 

@@ -213,7 +213,7 @@ def test_what_cannot_be_is_said_at_once(place: Path, said: str, code: int, optio
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
 def test_several_processes_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setenv(name, "2")
-    with pytest.raises(EdgekitError, match="trains in one process, and 2 were started"):
+    with pytest.raises(EdgekitError, match="trains in one process, and 2 were asked for"):
         edgekit.distill("quick.toml")
     assert not (place / "runs").exists()
 

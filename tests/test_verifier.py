@@ -20,7 +20,7 @@ from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import EdgekitError
 from edgekit.examine import Beside, Examined, Subject, Trial, examine, one_by_one_where_needed
 from edgekit.randomness import derive
-from edgekit.verdict import Rules
+from edgekit.verdict import Rules, to_dict
 from edgekit.verifier import verify
 
 EPSILON = 0.03
@@ -150,6 +150,23 @@ def test_a_twin_of_another_file_is_not_trusted(trained, trial) -> None:
     assert not checks(one)["twin_fidelity"]
     assert one.verdict.verdict == "inconclusive"
     assert "twin_fidelity" in one.verdict.why
+
+
+def test_a_twin_that_answers_with_no_numbers_fails_its_check(trained, trial) -> None:
+    student = student_of(*trained)
+    bright = trial.images.flatten(1).mean(1).topk(20).values.min()
+
+    def broken(images: Tensor) -> Tensor:
+        answers = student(images)
+        return torch.where(images.flatten(1).mean(1, keepdim=True) >= bright, torch.nan, answers)
+
+    one, _ = examined(trial, student, subject(as_file(student), twin=Wrapped(broken, differentiable=True)))
+    assert not checks(one)["twin_fidelity"]
+    assert "with no numbers" in one.verdict.why
+    assert one.verdict.twin is not None
+    assert one.verdict.twin.max_abs_difference < 1e-4
+    assert one.verdict.twin.agreement < 1 - 20 / len(trial.labels) / 2 + 1e-9
+    json.dumps(to_dict(one.verdict), allow_nan=False)
 
 
 def test_a_gain_of_robustness_is_masking_until_shown_otherwise(trained, trial) -> None:

@@ -102,6 +102,9 @@ class Part:
     passes: int = 0
 
 
+ELSEWHERE = Part(torch.empty(0), torch.empty(0), 0.0)  # the part that another process does, seen from a helper
+
+
 class Memory(Protocol):
     """Where finished parts are kept, so that an interrupted `confront` goes on where it was.
 
@@ -109,7 +112,7 @@ class Memory(Protocol):
     """
 
     def recall(self, attack: str, source: str, chunk: int) -> Part | None:
-        """The part that was kept, or None."""
+        """The part that was kept, or None; ELSEWHERE where this process is to pass it over."""
         ...
 
     def keep(self, attack: str, source: str, chunk: int, part: Part) -> None: ...
@@ -188,6 +191,8 @@ def confront(
                     )
                     part = Part(found, hit, time.perf_counter() - begin, meter.passes - before)
                     memory.keep(attack.name, name, number, part)
+                if part is ELSEWHERE:
+                    continue
                 free = winner[chunk] == _ROBUST
                 take = free if not fooled else free & part.fooled
                 adversarial[chunk[take]] = part.adversarial[take]

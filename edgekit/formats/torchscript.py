@@ -1,7 +1,7 @@
 """TorchScript: `model.pt`, frozen, which is judged; `model.ptl`, the same for PyTorch Mobile's lite interpreter.
 
 Upstream is retiring both; they are here for the apps that load them today. Loading either runs code of the file:
-only files whose digest an artifact.json vouches for are opened.
+only files are opened whose digest an artifact.json vouches for, or whose user says so (--trust-file).
 """
 
 import io
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edgekit.classifier import Classifier, Wrapped
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, choose
 from edgekit.models import Network
 
 FILE, LITE = "model.pt", "model.ptl"
@@ -37,32 +37,67 @@ def write(network: Network, folder: Path, metadata: dict[str, str]) -> None:
     (folder / LITE).write_bytes(lite)
 
 
-def open(path: Path, *, threads: int | None = None) -> Classifier:
+def open(path: Path, *, threads: int | None = None, output: str | None = None) -> Classifier:
     """The file in torch's own interpreter: `.ptl` in the lite one.
 
     Args:
         threads: not used; the interpreter works with the threads of torch itself (torch.set_num_threads).
+        output: which of several outputs holds the scores: the key of a dict, the place in a tuple.
     Returns:
         Classifier: (N, C, H, W) float32 in [0, 1] on any device -> (N, K) float32 logits there; no gradients here.
     Raises:
+        EdgekitError: torch does not take the file, or it answers with what are no scores.
+    """
+    module = load(path)
+
+    def run(images: Tensor) -> Tensor:
+        given = images.detach().to("cpu", torch.float32).contiguous()
+        with torch.no_grad():
+            return scores(module(given), output, len(given)).to(images.device)
+
+    return Wrapped(run, differentiable=False)
+
+
+def load(path: Path) -> Any:
+    """The module itself, in eval mode; code of the file may run.
+
+    Raises:
         EdgekitError: torch does not take the file.
     """
-    if path.suffix == ".ptl":
-        from torch.jit.mobile import _load_for_lite_interpreter as load
+    lite = path.suffix == ".ptl"
+    if lite:
+        from torch.jit.mobile import _load_for_lite_interpreter as opener
     else:
-        load = torch.jit.load
+        opener = torch.jit.load
+    module: Any
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = load(str(path), map_location="cpu")
+            module = opener(str(path), map_location="cpu")
     except (RuntimeError, ValueError) as error:
         raise _refused(path, error) from None
+    return module if lite else module.eval()
 
-    def run(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return module(images.detach().to("cpu", torch.float32).contiguous()).to(images.device)
 
-    return Wrapped(run, differentiable=False)
+def scores(answered: Any, output: str | None, count: int) -> Tensor:
+    """What a module answered to `count` images, as (N, K) float32.
+
+    Raises:
+        EdgekitError: which of several outputs is meant is not said, or it is no scores.
+    """
+    named = {"0": answered} if isinstance(answered, Tensor) else {}
+    if isinstance(answered, tuple | list):
+        named = {str(place): each for place, each in enumerate(answered)}
+    elif isinstance(answered, dict):
+        named = {str(name): each for name, each in answered.items()}
+    named = {name: each for name, each in named.items() if isinstance(each, Tensor)}
+    if output is None and len(named) != 1:
+        known = ", ".join(f"'{name}'" for name in named) or "no tensor"
+        raise EdgekitError(f"which of its outputs holds the scores is not said (it has {known})", mend="Say --output")
+    found = next(iter(named.values())) if output is None else choose(named, output, "output")
+    if found.ndim < 2 or len(found) != count:
+        raise EdgekitError(f"answers scores of shape {tuple(found.shape)} to {count} images")
+    return found.flatten(1).float()
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def opened(arguments: argparse.Namespace) -> tuple[protocol.Scores, int]:
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         _limit_memory(memory, arguments.threads)
-        module = torchscript.open(path)
+        module = torchscript.open(path, output=arguments.output)
         return lambda pixels: module(torch.from_numpy(pixels)).numpy(), 0
     import onnxruntime  # noqa: F401 (before the limit: it counts what comes beyond)
 
