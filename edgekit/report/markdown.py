@@ -34,7 +34,12 @@ def to_markdown(verdict: Verdict) -> str:
         clean, robust = verdict.float.clean_accuracy, verdict.float.robust_accuracy
         lines.append(_row(("float student, own gradients", NONE, _accuracy(clean), _accuracy(robust), NONE, NONE)))
     lines += [_row(_cells(one)) for one in verdict.artifacts]
-    lines += ["", *(f"- {code(one.name)}: {text(one.why)}" for one in verdict.artifacts), ""]
+    lines.append("")
+    for one in verdict.artifacts:
+        lines.append(f"- {code(one.name)}: {text(one.why)}")
+        if one.judged_on is not None and not isinstance(one.judged_on, str):
+            lines += [f"  - {text(words.place(where))}" for where in one.judged_on]
+    lines.append("")
     said = f"{words.heading(verdict)}. In brackets {100 * verdict.confidence:g} % intervals. edgekit {verdict.edgekit}."
     return "\n".join([*lines, f"<sub>{text(said)}</sub>", ""])
 
