@@ -164,8 +164,8 @@ def holds(places: Sequence[Place], worst: str, word: str, why: str) -> str:
     """The sentence that says on which processors a verdict holds."""
     judged = [place for place in places if place.verdict != "not_run"]
     absent = [place for place in places if place.verdict == "not_run"]
-    said = [f"{word} on all of {_names(judged)} together: {why}"] if word != "not_run" else []
-    if len({place.verdict for place in judged}) > 1 or any(place.verdict != worst for place in judged):
+    said = [("" if word == worst else f"{word} ") + f"on {_names(judged)} together: {why}"]
+    if any(place.verdict != word for place in judged):
         said.append("alone: " + ", ".join(f"{place.verdict} on {place.processor}" for place in judged))
     alike = [place.processor for place in judged[1:] if place.max_abs_difference == 0]
     if alike:

@@ -38,7 +38,12 @@ def to_markdown(verdict: Verdict) -> str:
             _row(("float student, own gradients", NONE, _accuracy(clean), _accuracy(robust), *[NONE] * (2 + compared)))
         )
     lines += [_row(_cells(one, compared)) for one in verdict.artifacts]
-    lines += ["", *(f"- {code(one.name)}: {text(_why(one))}" for one in verdict.artifacts), ""]
+    lines.append("")
+    for one in verdict.artifacts:
+        lines.append(f"- {code(one.name)}: {text(_why(one))}")
+        if one.judged_on is not None and not isinstance(one.judged_on, str):
+            lines += [f"  - {text(words.place(where))}" for where in one.judged_on]
+    lines.append("")
     said = f"{words.heading(verdict)}. In brackets {words.confidence(verdict)}. edgekit {verdict.edgekit}."
     return "\n".join([*lines, f"<sub>{text(said)}</sub>", ""])
 
