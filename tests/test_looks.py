@@ -168,6 +168,18 @@ def test_checks_are_made_once_and_a_failed_one_is_not_looked_away(linear, trial,
     assert one.verdict.plan.look < 5  # it is not given further looks to pass
 
 
+@pytest.mark.parametrize("broken_at", [1, 2])
+def test_a_replay_that_failed_at_any_look_fails_the_check(linear, trial, broken_at: int) -> None:
+    student = student_of(*linear)
+    looked = Looks(plan(797), trial, student)
+    opened = looks.prepare(as_file(student), student, looked.new(1))
+    parts = [looks.face(opened, looked.beside(look), looked.new(look)) for look in (1, 2)]
+    assert looks._more(*parts).repeats.passed
+    failed = replace(parts[broken_at - 1].repeats, passed=False, value=0.98)
+    parts[broken_at - 1] = replace(parts[broken_at - 1], repeats=failed)
+    assert looks._more(*parts).repeats == failed
+
+
 def test_what_was_finished_is_not_attacked_again(linear, trial, tmp_path) -> None:
     student, rules = student_of(*linear), Rules(tolerance=0.0, clean_tolerance=0.0)
     (tmp_path / "verdicts").mkdir()
