@@ -140,7 +140,9 @@ def test_every_candidate_is_the_papers(net, digits, norm: str, epsilon: float) -
 
 
 def test_only_what_fools_the_source_from_outside_the_ball_is_taken_back() -> None:
-    source = Wrapped(lambda batch: torch.stack([batch[:, 0, 0, 0] - 0.5, 0.5 - batch[:, 0, 0, 0]], 1), True)
+    source = Wrapped(
+        lambda batch: torch.stack([batch[:, 0, 0, 0] - 0.5, 0.5 - batch[:, 0, 0, 0]], 1), differentiable=True
+    )
     center, x = (torch.tensor(pixels).view(4, 1, 1, 1) for pixels in ([0.55, 0.55, 0.55, 0.55], [0.46, 0.4, 0.7, 0.52]))
     back = _retreat(x, center, source, torch.zeros(4, dtype=torch.int64), NORMS["Linf"], 0.1)
     # It fools from inside, as a source may that is not the judge; from outside; not, from outside; not, from inside.
