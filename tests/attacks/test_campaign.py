@@ -6,6 +6,7 @@ from torch import Tensor
 
 from edgekit.attacks import Attack, parse
 from edgekit.attacks.campaign import Outcome, Part, confront
+from edgekit.attacks.grid import Grid
 from edgekit.classifier import Wrapped
 from edgekit.errors import EdgekitError
 from edgekit.randomness import derive
@@ -197,6 +198,17 @@ def test_on_the_grid_the_judge_sees_what_is_returned_and_both_are_uint8_images_i
     free = confront(*arguments, seed=0, epsilon=epsilon)
     assert 0.7 * (~free.robust).sum() < (~outcome.robust).sum()
     assert not free.adversarial.equal((free.adversarial * 255).round() / 255)
+
+
+def test_on_the_grid_what_only_rounds_out_of_the_ball_stays_inside() -> None:
+    """All nearest grid points lie outside, one step away in each pixel: nothing but the clean image is left."""
+    center = torch.full((1, 1, 1, 2), 100 / 255)
+    away = torch.tensor([0.6, -0.6]).view(1, 1, 1, 2) / 255
+    grid = Grid(Wrapped(lambda batch: batch.flatten(1), differentiable=False), 0.85 / 255, "L2")
+    assert grid.deliver(center + away, center).equal(center)
+    # Of a longer step the whole levels towards the image are kept.
+    wider = Grid(Wrapped(lambda batch: batch.flatten(1), differentiable=False), 2.27 / 255, "L2")
+    assert (wider.deliver(center + away * 1.6 / 0.6, center) * 255).round().flatten().tolist() == [101, 99]
 
 
 def test_on_the_grid_clean_images_off_it_are_refused(net, digits) -> None:

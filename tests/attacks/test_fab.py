@@ -8,7 +8,8 @@ import torch
 from scipy.optimize import linprog, minimize
 from torch import Tensor
 
-from edgekit.attacks.fab import fab, onto_plane
+from edgekit.attacks.fab import RETREAT, _retreat, fab, onto_plane
+from edgekit.attacks.norms import NORMS
 from edgekit.attacks.pgd import pgd
 from edgekit.classifier import Wrapped
 from edgekit.randomness import derive
@@ -136,6 +137,16 @@ def test_every_candidate_is_the_papers(net, digits, norm: str, epsilon: float) -
             expected = one_by_one(net, images[i : i + 1], int(labels[i]), target, epsilon, 6, norm)
             for batch, candidate in zip(seen[1 + 6 * k : 7 + 6 * k], expected, strict=True):
                 assert (batch - candidate).flatten(1).abs().amax(1).min() < 1e-6
+
+
+def test_only_what_fools_the_source_from_outside_the_ball_is_taken_back() -> None:
+    source = Wrapped(
+        lambda batch: torch.stack([batch[:, 0, 0, 0] - 0.5, 0.5 - batch[:, 0, 0, 0]], 1), differentiable=True
+    )
+    center, x = (torch.tensor(pixels).view(4, 1, 1, 1) for pixels in ([0.55, 0.55, 0.55, 0.55], [0.46, 0.4, 0.7, 0.52]))
+    back = _retreat(x, center, source, torch.zeros(4, dtype=torch.int64), NORMS["Linf"], 0.1)
+    # It fools from inside, as a source may that is not the judge; from outside; not, from outside; not, from inside.
+    assert torch.allclose(back.flatten(), torch.tensor([0.46, 0.55 - RETREAT * 0.15, 0.7, 0.52]))
 
 
 def test_it_finds_about_what_pgd_finds_and_each_target_adds(net, digits) -> None:

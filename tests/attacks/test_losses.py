@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from edgekit.attacks.losses import LOSSES, aim, targeted_dlr
+from edgekit.attacks.losses import LOSSES, aim, targeted_dlr, towards
 from edgekit.classifier import Wrapped
 from edgekit.errors import EdgekitError
 
@@ -27,6 +27,8 @@ def test_targeted_dlr_and_kl_computed_by_hand() -> None:
     assert LOSSES["kl"](now.log() + 3, clean.log()).item() == pytest.approx(by_hand)
     with pytest.raises(EdgekitError, match="four classes"):
         targeted_dlr(logits[:, :3], torch.tensor([[0, 1]]))
+    assert towards(logits[:, :3], torch.tensor([[0, 1]])).item() == 1 - 4  # the target's lead, which rises towards it
+    assert towards(logits, torch.tensor([[0, 1]])).item() == pytest.approx(-3 / 4.5)
 
 
 def test_the_margin_is_positive_exactly_where_the_answer_is_wrong() -> None:

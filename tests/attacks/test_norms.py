@@ -51,6 +51,13 @@ def test_a_gradient_that_is_none_points_nowhere(norm: str) -> None:
         assert NORMS[norm].steepest(torch.full((2, 1, 3, 3), value)).equal(torch.zeros(2, 1, 3, 3))
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_one_pixel_without_a_gradient_leaves_the_others_theirs(norm: str) -> None:
+    spoilt, expected = FAR.clone(), FAR.clone()
+    spoilt[:, 1, 2, 3], expected[:, 1, 2, 3] = torch.nan, 0
+    assert NORMS[norm].steepest(spoilt).equal(NORMS[norm].steepest(expected))
+
+
 def test_starts_in_the_l2_ball_are_uniform() -> None:
     grey = torch.full((4000, 1, 1, 3), 0.5)
     start = NORMS["L2"].start(derive(0, samples=torch.arange(4000)), grey, 0.2) - grey

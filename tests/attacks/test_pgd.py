@@ -306,3 +306,10 @@ def test_an_unknown_loss_is_named() -> None:
         pgd(linear(image[0]), linear(image[0]), image, torch.tensor([0]), seeds=None, loss="margn")
     with pytest.raises(EdgekitError, match="Did you mean 'L2'"):
         pgd(linear(image[0]), linear(image[0]), image, torch.tensor([0]), seeds=None, norm="l2")
+
+
+def test_a_step_that_nobody_names_is_a_quarter_of_the_radius(net, digits) -> None:
+    images, labels = digits[2][:30], digits[3][:30]
+    quarter = pgd(net, net, images, labels, seeds=None, epsilon=0.08, step_size=0.02, steps=2)[0]
+    assert pgd(net, net, images, labels, seeds=None, epsilon=0.08, steps=2)[0].equal(quarter)
+    assert not pgd(net, net, images, labels, seeds=None, epsilon=0.08, step_size=0.04, steps=2)[0].equal(quarter)

@@ -1,5 +1,7 @@
+from fractions import Fraction
 from pathlib import Path
 
+import numpy
 import onnx
 import pytest
 import torch
@@ -11,7 +13,8 @@ from edgekit.classifier import predict
 from edgekit.errors import EdgekitError
 from edgekit.formats import onnx as format
 from edgekit.quantize import SCHEMES, quantize
-from edgekit.twin.integers import Round
+from edgekit.twin import integers
+from edgekit.twin.integers import Added, Grid, Round, Target
 
 
 def int8_file(folder: Path, architecture: str) -> Path:
@@ -55,6 +58,50 @@ def test_rounding_passes_gradients_straight_through_but_not_where_it_clips():
     (gradient,) = torch.autograd.grad((rounded * torch.arange(1.0, 8.0)).sum(), values)
     # Half-to-even: 0.2 and 0.3 round to 0, inside the range; -0.6 rounds to -1, outside.
     assert gradient.tolist() == [0, 0, 1.5, 2.0, 2.5, 3.0, 0]
+
+
+@pytest.mark.parametrize("cached", [1, 700, 2**15])
+@pytest.mark.parametrize(("low", "zeros"), [(0, (3, 120, 128)), (0, (0, 0, 0)), (-128, (-7, 5, 11))])
+def test_a_sum_of_grids_is_rounded_as_exact_fractions_are(monkeypatch, cached: int, low: int, zeros: tuple):
+    monkeypatch.setattr(integers, "_CACHED", cached)
+    kind = torch.uint8 if low == 0 else torch.int8
+    za, zb, zc = zeros
+    sa, sb, sc = (torch.tensor(scale) for scale in (0.0171, 0.0123, 0.0119))
+    draw = torch.Generator().manual_seed(0)
+    # Channels-last, as photos are; the second is one value per channel and sample.
+    a = (
+        torch.randint(low, low + 256, (5, 3, 8, 9), generator=draw)
+        .float()
+        .contiguous(memory_format=torch.channels_last)
+    )
+    b = torch.randint(low, low + 256, (5, 3, 1, 1), generator=draw).float()
+    x, y = (a - za).requires_grad_(), (b - zb).requires_grad_()
+    grids = Grid(x, sa, torch.tensor(za, dtype=kind)), Grid(y, sb, torch.tensor(zb, dtype=kind))
+    made = Added(*grids).on(Target(sc, torch.tensor(zc, dtype=kind), low, low + 255)).centred
+
+    single = numpy.float32  # a fused multiply-add rounds once, to float32
+    ra, rb = (
+        Fraction(float(single(sa.item()) / single(sc.item()))),
+        Fraction(float(single(sb.item()) / single(sc.item()))),
+    )
+    inner = Fraction(float(single(float(ra * za + Fraction(float(single(float(rb * zb))))))))
+    k = Fraction(float(single(zc) - single(float(inner))))
+    raw_a, raw_b = a.int().tolist(), b.int().flatten(1).tolist()
+    for sample in range(5):
+        for channel in range(3):
+            inside = Fraction(float(single(float(rb * raw_b[sample][channel] + k))))
+            for i, row in enumerate(raw_a[sample][channel]):
+                for j, value in enumerate(row):
+                    total = single(float(ra * value + inside))
+                    expected = min(max(int(numpy.rint(total)), low), low + 255) - zc
+                    assert made[sample, channel, i, j].item() == expected
+    weight = torch.rand(made.shape, generator=draw)
+    to_a, to_b = torch.autograd.grad((made * weight).sum(), (x, y))
+    real = ((a - za) * sa + (b - zb) * sb) / sc + zc
+    inside = weight * ((real > low - 0.5) & (real < low + 255.5))
+    assert 0 < inside.count_nonzero() < inside.numel()
+    assert to_a.allclose(inside * float(ra))
+    assert to_b.allclose((inside * float(rb)).sum((2, 3), keepdim=True))
 
 
 def test_an_operator_without_a_rule_is_named(tmp_path: Path):
