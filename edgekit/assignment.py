@@ -68,7 +68,9 @@ def _of_run(path: Path | None, samples: int | None, seed: int, radius: float | N
     student = models.load(run.student, factory=recipe.student.architecture).requires_grad_(False)
     student = student.to(memory_format=torch.channels_last)
     return Assignment(
-        entries=[Entry(_about(run, one), partial(_subject, run, one, threads)) for one in found],
+        entries=[
+            Entry(_about(run, one), partial(_subject, run, one, threads, 1 / len(student.classes))) for one in found
+        ],
         split=split,
         data=verdict.Data(dataset.name, SPLIT, dataset.sha256),
         epsilon=recipe.inner.epsilon if radius is None else radius,
@@ -261,9 +263,9 @@ def _about(run: Run, one: Artifact) -> dict[str, Any]:
     }
 
 
-def _subject(run: Run, one: Artifact, threads: int) -> Subject:
+def _subject(run: Run, one: Artifact, threads: int, chance: float) -> Subject:
     copy = twin.open(one.path) if (one.format, one.precision) == ("onnx", "int8") else None
     opener = partial(judges.open, one, threads=threads)
     first = [opener()]  # a missing runtime shows here, before anything is attacked
     opened = lambda: first.pop() if first else opener()  # noqa: E731
-    return Subject(**_about(run, one), judged_on=judges.judged_on(one.format), open=opened, twin=copy)
+    return Subject(**_about(run, one), judged_on=judges.judged_on(one.format), open=opened, twin=copy, chance=chance)

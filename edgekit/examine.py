@@ -71,7 +71,7 @@ class Subject:
     judged_on: str
     open: Callable[[], Classifier]
     twin: Classifier | None = None
-    chance: float | None = None  # accuracy by guessing, of a file that may be fed or read in the wrong way
+    chance: float | None = None  # accuracy by guessing, which nothing can be decided about
 
     def about(self) -> dict[str, Any]:
         """The fields that a verdict repeats."""
@@ -177,7 +177,9 @@ def examine(
         twin=fidelity,
         checks=found,
         checks_seconds=seconds,
-        undecidable=_guessing(subject, clean_right, rules),
+        undecidable=_guessing(
+            subject, clean_right, None if float_clean is None else float_clean == trial.labels, rules
+        ),
     )
     if not any(source != SCORES for _, source in outcome.fooled):
         judgement = replace(judgement, why=f"{judgement.why}; it rests on its scores alone, no gradients were followed")
@@ -209,16 +211,21 @@ def _finite(answers: Tensor, subject: Subject) -> Tensor:
     return answers
 
 
-def _guessing(subject: Subject, clean_right: Tensor, rules: Rules) -> str | None:
-    """Why nothing can be decided of a file that does no better than guessing."""
+def _guessing(subject: Subject, clean_right: Tensor, float_right: Tensor | None, rules: Rules) -> str | None:
+    """Why nothing can be decided of a file that does no better than guessing, or whose student does not.
+
+    A file that guesses beside a student that knows has lost, which is a verdict.
+    """
     if subject.chance is None:
         return None
-    clean = verdict.accuracy(clean_right, rules.confidence)
+    clean = verdict.accuracy(clean_right if float_right is None else float_right, rules.confidence)
     if clean.low > subject.chance:
         return None
+    guess = f"on {100 * clean.value:.1f} % of the clean images, no more than guessing ({100 * subject.chance:.3g} %)"
+    if float_right is not None:
+        return f"the float student is right {guess}: it has no robustness to lose; train it longer"
     return (
-        f"the file is right on {100 * clean.value:.1f} % of the clean images, no more than guessing "
-        f"({100 * subject.chance:.3g} %): its input or its classes may be meant otherwise "
+        f"the file is right {guess}: its input or its classes may be meant otherwise "
         "(--mean, --std, --channels, --layout, --classes)"
     )
 
