@@ -81,7 +81,10 @@ def _of_run(
     threads = min(run.info().get("threads", 1), machine.cores())
     student = _attackable(models.load(run.student, factory=recipe.student.architecture))
     return Assignment(
-        entries=[Entry(_about(run, one), partial(_subject, run, one, threads, on, local=local)) for one in found],
+        entries=[
+            Entry(_about(run, one), partial(_subject, run, one, threads, 1 / len(student.classes), on, local=local))
+            for one in found
+        ],
         split=split,
         data=verdict.Data(dataset.name, SPLIT, dataset.sha256),
         epsilon=recipe.inner.epsilon if radius is None else radius,
@@ -373,7 +376,7 @@ def _about(run: Run, one: Artifact) -> dict[str, Any]:
     }
 
 
-def _subject(run: Run, one: Artifact, threads: int, on: Sequence[str] | None, *, local: bool) -> Subject:
+def _subject(run: Run, one: Artifact, threads: int, chance: float, on: Sequence[str] | None, *, local: bool) -> Subject:
     int8 = (one.format, one.precision) == ("onnx", "int8")
     copy = twin.open(one.path) if int8 else None
     opener = partial(judges.open, one, threads=threads)
@@ -384,7 +387,9 @@ def _subject(run: Run, one: Artifact, threads: int, on: Sequence[str] | None, *,
         more = _numbers(one.path, foreign.read(one.path), None, lambda raw: raw, threads, on)
     else:
         more = {"others": places.asked_for(on or (), one.path, one.format, lambda raw: raw)}
-    return Subject(**_about(run, one), **more, judged_on=judges.judged_on(one.format), open=opened, twin=copy)
+    return Subject(
+        **_about(run, one), **more, judged_on=judges.judged_on(one.format), open=opened, twin=copy, chance=chance
+    )
 
 
 def _numbers(

@@ -220,7 +220,7 @@ def _figures(
 ) -> tuple[Accuracy, Accuracy, Changes | None, str, str]:
     """Clean and robust accuracy, their change against the float student, and the verdict with its reason."""
     robust = robust & clean
-    float_robust, change = examined.verdict.float_robust_accuracy, None
+    float_robust, change, float_clean = examined.verdict.float_robust_accuracy, None, None
     found = list(examined.verdict.checks)
     if beside is not None and examined.float_robust is not None:
         float_clean = beside.own.clean.argmax(1) == trial.labels
@@ -236,6 +236,6 @@ def _figures(
         change=change,
         samples=len(clean),
         checks=found,
-        undecidable=guessing(subject, clean, rules),
+        undecidable=guessing(subject, clean, float_clean, rules),
     )
     return accuracy(clean, rules.confidence), robust_accuracy, change, word, why

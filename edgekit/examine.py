@@ -97,7 +97,7 @@ class Subject:
     called: str = "twin"  # what the gradients of `twin` are called among the sources
     code_ran: bool | None = None  # the file is a program, and it ran
     note: str | None = None  # what the verdict's sentence says besides
-    chance: float | None = None  # accuracy by guessing, of a file that may be fed or read in the wrong way
+    chance: float | None = None  # accuracy by guessing, which nothing can be decided about
     others: tuple[Other, ...] = ()  # where it is judged beside `native`: elsewhere.py
     quantum: float | None = None  # the step of an int8 file's scores
     saturating_pairs: int | None = None  # of an int8 file's weights
@@ -309,7 +309,7 @@ def judge(
         float_robust_right=faced.float_robust,
         agreement=None if float_clean is None else share(float_clean == outcome.clean.argmax(1)),
         baseline=None if earlier is None else earlier(trial.index, clean_right, outcome.robust, outcome.fooled, rules),
-        undecidable=guessing(subject, clean_right, rules),
+        undecidable=guessing(subject, clean_right, faced.float_clean_right, rules),
         **known,
     )
     return replace(
@@ -354,16 +354,21 @@ def _finite(answers: Tensor, subject: Subject) -> Tensor:
     return answers
 
 
-def guessing(subject: Subject, clean_right: Tensor, rules: Rules) -> str | None:
-    """Why nothing can be decided of a file that does no better than guessing."""
+def guessing(subject: Subject, clean_right: Tensor, float_right: Tensor | None, rules: Rules) -> str | None:
+    """Why nothing can be decided of a file that does no better than guessing, or whose student does not.
+
+    A file that guesses beside a student that knows has lost, which is a verdict.
+    """
     if subject.chance is None:
         return None
-    clean = verdict.accuracy(clean_right, rules.confidence)
+    clean = verdict.accuracy(clean_right if float_right is None else float_right, rules.confidence)
     if clean.low > subject.chance:
         return None
+    guess = f"on {100 * clean.value:.1f} % of the clean images, no more than guessing ({100 * subject.chance:.3g} %)"
+    if float_right is not None:
+        return f"the float student is right {guess}: it has no robustness to lose; train it longer"
     return (
-        f"the file is right on {100 * clean.value:.1f} % of the clean images, no more than guessing "
-        f"({100 * subject.chance:.3g} %): its input or its classes may be meant otherwise "
+        f"the file is right {guess}: its input or its classes may be meant otherwise "
         "(--mean, --std, --channels, --layout, --classes)"
     )
 

@@ -222,7 +222,8 @@ def verify(
     for option, place in copies.items():
         write_text(place, _WRITERS[option](document, evidence, command))
     notebook.close()
-    say(f"Kept in {folder}: verdict.json, report.html")
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    say(f"Kept in {shown}: verdict.json, report.html")
     return verdict.to_dict(document)
 
 

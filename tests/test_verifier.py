@@ -265,6 +265,18 @@ def test_answers_that_are_no_numbers_are_refused(trained, trial) -> None:
         examined(trial, student, subject(broken))
 
 
+def test_of_a_student_that_guesses_nothing_is_decided_and_a_file_that_guesses_has_lost(trained, trial) -> None:
+    student = student_of(*trained)
+    constant = Wrapped(lambda images: 0 * student(images) + torch.eye(10)[0], differentiable=True)
+    guess = (trial.labels == 0).float().mean().item()
+    one, _ = examined(trial, constant, replace(subject(as_file(constant)), chance=guess))
+    assert one.verdict.verdict == "inconclusive"
+    assert "no more than guessing" in one.verdict.why
+    assert "train it longer" in one.verdict.why
+    other, _ = examined(trial, student, replace(subject(as_file(constant)), chance=guess))
+    assert other.verdict.verdict == "lost"
+
+
 # From here on a real run, exported by the real command (tests/conftest.py); each test works on a copy or writes beside.
 
 
