@@ -14,7 +14,8 @@ from edgekit.errors import EdgekitError
 from edgekit.formats import onnx as format
 from edgekit.quantize import SCHEMES, quantize
 from edgekit.twin import integers
-from edgekit.twin.integers import Added, Grid, Round, Target
+from edgekit.twin.integers import Added, Grid, Products, Round, Target
+from edgekit.twin.layers import _Convolution
 
 
 def int8_file(folder: Path, architecture: str) -> Path:
@@ -58,6 +59,27 @@ def test_rounding_passes_gradients_straight_through_but_not_where_it_clips():
     (gradient,) = torch.autograd.grad((rounded * torch.arange(1.0, 8.0)).sum(), values)
     # Half-to-even: 0.2 and 0.3 round to 0, inside the range; -0.6 rounds to -1, outside.
     assert gradient.tolist() == [0, 0, 1.5, 2.0, 2.5, 3.0, 0]
+
+
+@pytest.mark.parametrize("cached", [1, 50, 2**15])
+def test_a_layer_passes_no_gradient_where_its_result_was_clipped(monkeypatch, cached: int):
+    """Against the plain formula: autograd through sums * factor, with the outputs outside of the grid left out."""
+    monkeypatch.setattr(integers, "_CACHED", cached)
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randint(-40, 41, (4, 3, 3, 3), generator=draw).float()
+    x = torch.randint(-60, 61, (6, 3, 5, 5), generator=draw).float().requires_grad_()
+    layer = _Convolution(weight, None, 255, ([1, 1], [1, 1], [1, 1]), 1)
+    scale, target = torch.tensor([0.001, 0.002, 0.004, 0.03]), Target(torch.tensor(0.1), torch.tensor(0), 0, 255)
+    made = Products(x, layer, scale.reshape(1, -1, 1, 1)).on(target).centred
+    share = torch.rand(made.shape, generator=draw)
+    (mine,) = torch.autograd.grad((made * share).sum(), x)
+    scaled = torch.nn.functional.conv2d(x, weight, padding=1) * (scale / 0.1).reshape(1, -1, 1, 1)
+    inside = (scaled > -0.5) & (scaled < 255.5)
+    assert 0.1 < inside.float().mean() < 0.9  # some of it clips, on both sides
+    assert (scaled > 255.5).any() and (scaled < -0.5).any()
+    assert made.equal(scaled.detach().round().clamp(0, 255))
+    (plain,) = torch.autograd.grad((scaled * share * inside).sum(), x)
+    assert mine.allclose(plain, atol=1e-4 * plain.abs().max().item())
 
 
 @pytest.mark.parametrize("cached", [1, 700, 2**15])
