@@ -25,7 +25,7 @@ quickstart: .venv/.done
 	fi; exit $$code
 
 test: .venv/.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Other processors for `verify --on`, emulated: into the cache folder, from Debian's, Python's and npm's packages.
 processors: .venv/.done
