@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commandline import TINY, command
+from commandline import LEARNT, command
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,7 +19,7 @@ def _alone(tmp_path_factory: pytest.TempPathFactory) -> None:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a finished run of a small student, exported. Read-only: a test that writes works on a copy."""
     place = tmp_path_factory.mktemp("workplace")
-    (place / "tiny.toml").write_text(TINY)
+    (place / "tiny.toml").write_text(LEARNT)
     for arguments in (["distill", "tiny.toml"], ["export", "--int8"]):
         done = command(*arguments, cwd=place)
         assert done.returncode == 0, done.stderr

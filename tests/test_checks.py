@@ -162,7 +162,9 @@ def test_an_attack_that_leaves_its_ball_is_flagged_by_name(net) -> None:
         moved = (images + 0.01).clamp(0, 1)
         return moved, judge(moved).argmax(1) != labels
 
-    assert "epsilon_zero_is_clean" in failed(scrutinize(evidence(as_file(net), {}, (Attack("loose", 1, loose),))))
+    assert "epsilon_zero_is_clean" in failed(
+        scrutinize(evidence(as_file(net), {"float": net}, (Attack("loose", 1, loose),)))
+    )
 
 
 def test_gradients_that_are_no_numbers_are_flagged(net) -> None:

@@ -18,7 +18,7 @@ import numpy
 import onnx
 import pytest
 import torch
-from commandline import command
+from commandline import command, interruptible
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor
@@ -573,7 +573,12 @@ def test_ctrl_c_keeps_what_is_finished_and_prints_the_command_that_continues(des
     attacks = ",".join(f"pgd{steps}x3-margin" for steps in range(300, 312))
     words = ["verify", "net.onnx", "--data", "photos", "--attack", attacks, "--epsilon", "0.5/255"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgekit", *words], cwd=desk, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-m", "edgekit", *words],
+        cwd=desk,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=interruptible,
     )
     deadline = time.monotonic() + 60
     while not list((desk / "edgekit-verdicts").glob(".*/*.safetensors")):

@@ -141,9 +141,11 @@ def test_one_command_verifies_it(desk: Desk, commands, exporter: str, form: str)
         moved, fooled = (torch.from_numpy(archive[f"{path.stem}/{name}"]) for name in ("adversarial", "fooled"))
     assert (moved - kept["images"]).abs().max() <= EPSILON + 1e-6
     clean, attacked = (desk.answers(path, images, 1) for images in (kept["images"], moved))
-    assert one["clean_accuracy"]["value"] == clean.argmax(1).eq(kept["labels"]).double().mean().item()
+    # Where pairs of weights can saturate, both arithmetics judged; the archive holds what this machine's did.
+    native = one if isinstance(one["judged_on"], str) else one["judged_on"][0]
+    assert native["clean_accuracy"]["value"] == clean.argmax(1).eq(kept["labels"]).double().mean().item()
     assert attacked.argmax(1).ne(kept["labels"]).equal(fooled)
-    assert one["robust_accuracy"]["value"] == (~fooled).double().mean().item()
+    assert native["robust_accuracy"]["value"] == (~fooled).double().mean().item()
     assert one["robust_accuracy"]["value"] < one["clean_accuracy"]["value"] - 0.3
     together = desk.answers(path, moved, len(moved))
     # One range for the whole batch: had the file been judged in batches, these would be other answers.
