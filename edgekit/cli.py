@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Distil a robust image classifier, export it, and prove that its robustness arrived.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help in boxes takes three times as long: it loads parsers of Markdown and of source code
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

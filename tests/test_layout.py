@@ -46,3 +46,14 @@ def test_importing_edgekit_and_its_commands_loads_nothing_slow():
     slow = ["torch", "onnx", "onnxruntime", "scipy", "numpy", "matplotlib", "pydantic", "PIL", "sklearn"]
     code = f"import sys, edgekit, edgekit.cli; print([name for name in {slow} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_help_loads_no_parser_of_markdown_or_of_source_code():
+    slow = ["markdown_it", "pygments", "torch", "onnx"]
+    code = (
+        "import atexit, sys; from edgekit.cli import main; sys.argv = ['edgekit', 'verify', '--help']\n"
+        f"atexit.register(lambda: print([name for name in {slow} if name in sys.modules])); main()"
+    )
+    shown = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert "--attack" in shown
+    assert shown.splitlines()[-1] == "[]"
