@@ -14,9 +14,11 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 from torch import Tensor
 
+from edgekit.errors import choose
 from edgekit.files import digest
 from edgekit.quantize.calibrate import ranges
 from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.settings import Settings
 from edgekit.quantize.ties import settle
 
 _WEIGHTED = ("Conv", "Gemm")
@@ -32,18 +34,20 @@ class Quantized:
     in_float: dict[str, int]
 
 
-def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme) -> Quantized:
+def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme, settings: Settings = Settings()) -> Quantized:
     """Quantize an fp32 graph whose batch normalization is folded.
 
     Args:
         model: fp32; one input (N, C, H, W), one output of logits, which stay float.
         images: (M, C, H, W) float32 in [0, 1]; their activations set the ranges (smallest to largest, zero included).
+    Raises:
+        EdgekitError: `settings` names a layer that there is not.
     """
-    source = onnx.ModelProto()
-    source.CopyFrom(model)
-    _pool(source)
+    source = _prepared(model)
     graph = _Graph(source)
-    chosen = [node for node in source.graph.node if graph.quantizable(node)]
+    quantizable = {_layer(node): node for node in source.graph.node if graph.quantizable(node)}
+    kept = {choose(dict.fromkeys(quantizable, name), name, "layer") for name in settings.in_float}
+    chosen = [node for name, node in quantizable.items() if name not in kept]
     # Where each operator's result is quantized: behind the activation that follows it alone, else directly.
     absorbed: dict[str, NodeProto] = {}
     for node in chosen:
@@ -72,6 +76,25 @@ def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme) -> Quantize
     kinds = {id(node) for node in chosen} | {id(follower) for follower in absorbed.values()}
     floats = Counter(node.op_type for node in source.graph.node if id(node) not in kinds and node.op_type != "Constant")
     return Quantized(written, record, dict(sorted(floats.items())))
+
+
+def layers(model: onnx.ModelProto) -> list[str]:
+    """The layers of an fp32 graph that can be quantized, in its order: those with weights by the name of their module,
+    additions and averages by that of their result."""
+    source = _prepared(model)
+    graph = _Graph(source)
+    return [_layer(node) for node in source.graph.node if graph.quantizable(node) and node.op_type not in _MOVING]
+
+
+def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
+    source = onnx.ModelProto()
+    source.CopyFrom(model)
+    _pool(source)
+    return source
+
+
+def _layer(node: NodeProto) -> str:
+    return node.input[1].removesuffix(".weight") if node.op_type in _WEIGHTED else node.output[0]
 
 
 class _Graph:

@@ -8,8 +8,9 @@ from networks import network, photos
 from onnx import numpy_helper
 
 from edgekit.classifier import predict
+from edgekit.errors import EdgekitError
 from edgekit.formats import onnx as format
-from edgekit.quantize import SCHEMES, quantize, unsafe_pairs
+from edgekit.quantize import SCHEMES, Settings, layers, quantize, unsafe_pairs
 from edgekit.saturation import clips
 
 SCHEME = SCHEMES["x86"]
@@ -58,6 +59,30 @@ def test_ranges_hold_zero_and_the_largest_calibrated_value():
             assert zero == 0
             assert 255 * scale <= 6 + 1e-5  # the range does the work of the Clip that is left out
     assert not any(node.op_type in ("Clip", "Relu") for node in quantize(source, photos(32), SCHEME).model.graph.node)
+
+
+@pytest.mark.parametrize("architecture", ["mobilenetv2", "resnet18"])
+def test_layers_named_stay_float_and_all_of_them_give_the_network_back(tmp_path: Path, architecture: str):
+    source, images = format.lower(network(architecture)), photos(50)
+    names = layers(source)
+    assert len(names) == len(set(names))
+    weights = {name.removesuffix(".weight") for name, value in tensors(source).items() if value.ndim > 1}
+    assert weights - {"mean", "std"} <= set(names)
+    one = names[1]
+    made = quantize(source, photos(32, seed=1), SCHEME, Settings(in_float=(one,)))
+    assert f"{one}.weight" in tensors(made.model)
+    assert f"{one}.weight_quantized" not in tensors(made.model)
+    assert made.in_float["Conv"] == 1
+    none = quantize(source, photos(32, seed=1), SCHEME, Settings(in_float=tuple(names))).model
+    answers = []
+    for place, model in (("float", source), ("none", none), ("one", made.model)):
+        (tmp_path / place).mkdir()
+        format.write_model(model, tmp_path / place, {})
+        answers.append(predict(format.open(tmp_path / place / "model.onnx", threads=1), images))
+    assert (answers[0] - answers[1]).abs().max() < 1e-4
+    assert (answers[0] - answers[2]).abs().max() > 1e-4
+    with pytest.raises(EdgekitError, match="Did you mean"):
+        quantize(source, images, SCHEME, Settings(in_float=(f"{one}x",)))
 
 
 def test_same_student_and_images_give_the_same_bytes():
