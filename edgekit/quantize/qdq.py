@@ -47,7 +47,12 @@ def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme, settings: S
     graph = _Graph(source)
     quantizable = {_layer(node): node for node in source.graph.node if graph.quantizable(node)}
     kept = {choose(dict.fromkeys(quantizable, name), name, "layer") for name in settings.in_float}
-    chosen = [node for name, node in quantizable.items() if name not in kept]
+    chosen: list[NodeProto] = []
+    for name, node in reversed(quantizable.items()):
+        # What only hands integers on is worth it where an integer operator reads them.
+        read = any(any(reader is one for one in chosen) for reader in graph.consumers.get(node.output[0], ()))
+        if name not in kept and (read or node.op_type not in _MOVING):
+            chosen.insert(0, node)
     # Where each operator's result is quantized: behind the activation that follows it alone, else directly.
     absorbed: dict[str, NodeProto] = {}
     for node in chosen:
