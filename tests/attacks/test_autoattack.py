@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy
+import pytest
 import torch
 
 import edgekit
@@ -15,6 +16,7 @@ from edgekit.models.fold import fold
 STUDENT = Path(edgekit.__file__).parents[1] / "benchmarks/students/cifar10-mobilenet-cpu"
 
 
+@pytest.mark.timeout(1800)  # two minutes of one idle core
 def test_no_more_images_withstand_it_than_withstand_torchattacks():
     torch.set_flush_denormal(True)
     peer = json.loads((STUDENT / "autoattack.json").read_text())
