@@ -53,6 +53,7 @@ GOALS = {
     "mobilenetv2": {"size": 1 / 0.26, 1: 1.7, 32: 2.0, "peer": 1.05},
     "resnet18": {"size": 1 / 0.252, 1: 2.1, 32: 2.2, "peer": 1.0},
 }
+FEW = ("ORT QDQ per channel", "NNCF mixed")  # the peers of --quick
 AGREEMENT, AGREEMENT_ATTACKED, LOSS = 98.5, 97.5, 0.5  # points
 
 
@@ -65,7 +66,7 @@ def main(
     only: Annotated[str, typer.Option(help="speed or accuracy; both by default.")] = "",
     attack: Annotated[str, typer.Option(help="Attacks on the files.")] = "deployed",
     repetitions: Annotated[int, typer.Option(min=3, help="Rounds at batch 32; ten times as many at batch 1.")] = 21,
-    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, 64 images, five steps.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two peers, few rounds, 64 images, five steps.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Size, speed, agreement and robustness of int8 files."""
@@ -89,7 +90,7 @@ def main(
             given = split.floats()[count:] if quick_data else calibration_images(data)
             tested = Samples(split.floats()[:count], split.labels[:count], split.index[:count])
             attacks = parse("pgd5" if quick else attack)
-            measured = accuracy(tested, given, min(attacked, count), attacks, 5 if quick else 20, Path(scratch))
+            measured = accuracy(tested, given, min(attacked, count), attacks, Path(scratch), quick)
             rows += accuracy_rows(measured, quick)
     about = about_machine(threads=1, runtime="ONNX Runtime, CPU, one thread")
     files = [one.figures() for one in measured]
@@ -97,21 +98,21 @@ def main(
     publish(result, as_json=json, show=lambda people: show(people, files))
 
 
-def made_by_all(network: Network, calibration: Tensor, folder: Path) -> dict[str, Path]:
+def made_by_all(network: Network, calibration: Tensor, folder: Path, quick: bool) -> dict[str, Path]:
     """fp32, edgekit's int8 file, and those of the peers; calibration (N, C, H, W) for all of them."""
     folder.mkdir()
     (folder / FLOAT).mkdir()
     (folder / OURS).mkdir()
     onnx_format.write(network, folder / FLOAT, {})
     files = {FLOAT: folder / FLOAT / onnx_format.FILE, OURS: int8_file(network, calibration, folder / OURS)}
-    return files | peers.quantized(files[FLOAT], calibration, folder)
+    return files | peers.quantized(files[FLOAT], calibration, folder, FEW if quick else ())
 
 
 def size_and_speed(architecture: str, folder: Path, rounds: int, quick: bool) -> tuple[list[Row], dict[str, Any]]:
     """The rows of one untrained network, and {batch: {file: seconds of each round}}."""
     say(f"{architecture}: quantizing")
     network, goals = untrained(architecture, 1.0), GOALS[architecture]
-    files = made_by_all(network, noise(16 if quick else CALIBRATION, 20), folder)
+    files = made_by_all(network, noise(8 if quick else CALIBRATION, 20), folder, quick)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     rest = [name for name in files if name not in (FLOAT, OURS)]
     smallest = min(rest, key=sizes.__getitem__)
@@ -219,21 +220,20 @@ def paired(first: Tensor, second: Tensor) -> tuple[float, float]:
 
 
 def accuracy(
-    tested: Samples, calibration: Tensor, attacked: int, attacks: tuple[Attack, ...], steps: int, scratch: Path
+    tested: Samples, calibration: Tensor, attacked: int, attacks: tuple[Attack, ...], scratch: Path, quick: bool
 ) -> list[Measured]:
     """Every int8 file of the kept student, edgekit's first.
 
     Args:
         attacked: how many of `tested`, spread evenly over them, `attacks` get.
-        steps: of the PGD on the float student whose last iterates all files are shown.
     """
     say("the student: quantizing")
     plain = models.load(CIFAR10.weights).requires_grad_(False)
-    files = made_by_all(plain, calibration, scratch / "student")
+    files = made_by_all(plain, calibration, scratch / "student", quick)
     student = fold(models.load(CIFAR10.weights).requires_grad_(False).to(memory_format=torch.channels_last))
     judges = {name: onnx_format.open(path, threads=1) for name, path in files.items() if name != FLOAT}
     torch.set_flush_denormal(True)  # the first session turns it off
-    last = last_iterates(student, tested, steps)
+    last = last_iterates(student, tested, 5 if quick else 20)
     decided, decided_attacked = (predict(student, images).argmax(1) for images in (tested.images, last))
     chosen = torch.linspace(0, len(tested.labels) - 1, attacked).round().long()
     some = Samples(tested.images[chosen], tested.labels[chosen], tested.index[chosen])
@@ -268,7 +268,9 @@ def accuracy(
         )
         measured.append(one)
         figures = one.figures()
-        said = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items())
+        said = (
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
+        )
         say(", ".join(said))
     return measured
 

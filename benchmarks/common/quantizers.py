@@ -1,10 +1,10 @@
 """Run in .venv-peers: the int8 files that other quantizers make of an fp32 ONNX file.
 
-    python quantizers.py fp32.onnx calibration.npy FOLDER
+    python quantizers.py fp32.onnx calibration.npy FOLDER [NAME …]
 
-writes FOLDER/NAME.onnx for each name of QUANTIZERS. ONNX Runtime's get what its documentation says of x86: a
-pre-processed model, unsigned activations with signed weights. NNCF's get its defaults, and its other preset, whose
-activations are asymmetric.
+writes FOLDER/NAME.onnx for each name, of all QUANTIZERS by default. ONNX Runtime's get what its documentation says of
+x86: a pre-processed model, unsigned activations with signed weights. NNCF's get its defaults, and its other preset,
+whose activations are asymmetric.
 """
 
 import os
@@ -68,6 +68,6 @@ QUANTIZERS: dict[str, Callable[[Path, numpy.ndarray, Path], None]] = {
 
 if __name__ == "__main__":
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print; stdout is the benchmark's
-    given, calibration, folder = (Path(word) for word in sys.argv[1:])
-    for quantizer, make in QUANTIZERS.items():
-        make(given, numpy.load(calibration), folder / f"{quantizer}.onnx")
+    given, calibration, folder = (Path(word) for word in sys.argv[1:4])
+    for quantizer in sys.argv[4:] or QUANTIZERS:
+        QUANTIZERS[quantizer](given, numpy.load(calibration), folder / f"{quantizer}.onnx")
