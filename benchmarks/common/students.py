@@ -15,6 +15,7 @@ from edgekit.formats import onnx as onnx_format
 from edgekit.models import Network
 from edgekit.quantize.qdq import quantize
 from edgekit.quantize.scheme import SCHEMES
+from edgekit.quantize.slim import slim
 from edgekit.randomness import derive, uniform
 from edgekit.recipe import Student, read
 
@@ -82,7 +83,7 @@ def untrained(architecture: str, width: float) -> Network:
 
 def int8_file(student: Network, calibration: Tensor, folder: Path) -> Path:
     """The ONNX file that `edgekit export --int8` makes of `student`, with calibration images (N, C, H, W)."""
-    model = quantize(onnx_format.lower(student), calibration, SCHEMES["x86"]).model
+    model = slim(quantize(onnx_format.lower(student), calibration, SCHEMES["x86"]).model)
     onnx_format.write_model(model, folder, {})
     return folder / onnx_format.FILE
 
