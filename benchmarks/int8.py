@@ -80,14 +80,14 @@ def main(
     measured: list[Measured] = []
     with tempfile.TemporaryDirectory() as scratch:
         for architecture in GOALS if parts["speed"] else ():
-            folder = Path(scratch) / architecture
-            found, speed[architecture] = size_and_speed(architecture, folder, 3 if quick else repetitions, quick)
+            place = Path(scratch) / architecture
+            found, speed[architecture] = size_and_speed(architecture, place, 3 if quick else repetitions, quick)
             rows += found
         if parts["accuracy"]:
-            quick_data = quick or data is None
-            count = 64 if quick_data else samples
-            split = picked(data, count + KEPT_CALIBRATION if quick_data else count, quick=quick_data)
-            given = split.floats()[count:] if quick_data else calibration_images(data)
+            folder = None if quick else data  # None: the kept images
+            count = 64 if folder is None else samples
+            split = picked(folder, count + (KEPT_CALIBRATION if folder is None else 0), quick=folder is None)
+            given = split.floats()[count:] if folder is None else calibration_images(folder)
             tested = Samples(split.floats()[:count], split.labels[:count], split.index[:count])
             attacks = parse("pgd5" if quick else attack)
             measured = accuracy(tested, given, min(attacked, count), attacks, Path(scratch), quick)

@@ -52,7 +52,7 @@ def _drop_zero_points(model: onnx.ModelProto) -> None:
     """A DequantizeLinear without one subtracts 0; equal ones of activations are stored once."""
     arrays = _arrays(model)
     # ONNX Runtime makes no integer kernel of a Gemm whose weights have scales for each channel and no zero points.
-    dense = {name for node in model.graph.node if node.op_type not in ("Conv", "ConvTranspose") for name in node.input}
+    dense = {node.input[1] for node in model.graph.node if node.op_type in ("Gemm", "MatMul")}
     shared: dict[tuple[str, int], str] = {}
     for node in model.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 3:

@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from edgekit import twin
 from edgekit.classifier import predict
 from edgekit.formats import onnx as format
-from edgekit.quantize import SCHEMES, quantize, slim, unsafe_pairs
+from edgekit.quantize import SCHEMES, Settings, layers, quantize, slim, unsafe_pairs
 from edgekit.quantize.slim import storable
 from edgekit.saturation import quantum
 
@@ -98,14 +98,12 @@ def test_storable_scales_survive_16_bits_unless_they_are_too_small_or_too_large(
 
 
 def test_operators_that_run_in_float_are_found(tmp_path: Path):
-    from edgekit.quantize import Settings, layers
-
     source = format.lower(network())
     name = layers(source)[5]
     kept = quantize(source, photos(32), SCHEMES["x86"], Settings(in_float=(name,))).model
     format.write_model(kept, tmp_path, {})
     found = format.running(tmp_path / format.FILE)
-    assert found["float"]["Conv"] == 1
+    assert sum(count for kind, count in found["float"].items() if "Conv" in kind) == 1  # fused with its Clip or not
     assert found["float"]["DequantizeLinear"] >= 1
     pair(tmp_path, "mobilenetv2")
     clean = format.running(tmp_path / "after" / format.FILE)
