@@ -16,9 +16,10 @@ from typing import Annotated
 import torch
 import typer
 from common import Row, about_machine, document, publish, start
+from common.students import noise, untrained
 from torch import Tensor
 
-from edgekit import models, twin
+from edgekit import twin
 from edgekit.classifier import predict
 from edgekit.console import say
 from edgekit.errors import EdgekitError
@@ -26,36 +27,18 @@ from edgekit.formats import onnx
 from edgekit.models import Network
 from edgekit.models.fold import fold
 from edgekit.quantize import SCHEMES, quantize
-from edgekit.randomness import derive, uniform
-from edgekit.recipe import Student
 
 GOAL = 1 / 1.5  # the twin may take 1.5 times the float network's time
 STUDENTS = {"mobilenetv2": 0.5, "resnet18": 0.5}
-SIZE = 32
-
-
-def images(count: int, purpose: int) -> Tensor:
-    seeds = derive(0, purpose, 0, samples=torch.arange(count))
-    return uniform(seeds, torch.empty(count, 3, SIZE, SIZE), 0.0, 1.0).contiguous(memory_format=torch.channels_last)
-
-
-def network(architecture: str, width: float) -> Network:
-    """Untrained, but with the statistics of images in its normalization layers: the arithmetic is a trained one's."""
-    spec = Student(architecture=architecture, width=width)
-    made = models.build(spec, [str(name) for name in range(10)], (3, SIZE, SIZE), [0.5] * 3, [0.25] * 3, seed=0)
-    with torch.no_grad():
-        for purpose in range(3):
-            made.train()(images(64, 10 + purpose))
-    return made.eval().to(memory_format=torch.channels_last)  # pyright: ignore
 
 
 def int8_twin(student: Network) -> twin.Twin:
     """The twin of the student's int8 file, which answers as the file does or is not measured."""
     with tempfile.TemporaryDirectory() as folder:
-        made = quantize(onnx.lower(student), images(64, 20), SCHEMES["x86"])
+        made = quantize(onnx.lower(student), noise(64, 20), SCHEMES["x86"])
         onnx.write_model(made.model, Path(folder), {})
         path = Path(folder) / onnx.FILE
-        copy, some = twin.open(path), images(32, 21)
+        copy, some = twin.open(path), noise(32, 21)
         if not predict(copy, some).equal(predict(onnx.open(path, threads=1), some)):
             raise EdgekitError("the twin does not answer as its file does", where=path.name)
     return copy
@@ -82,13 +65,13 @@ def main(
     rows, seconds = [], {}
     for architecture, width in STUDENTS.items():
         say(f"{architecture}: exporting and quantizing")
-        student = network(architecture, width)
+        student = untrained(architecture, width)
         sides: dict[str, Callable[[Tensor], Tensor]] = {"twin": int8_twin(student), "float": fold(student)}
         for classifier in sides.values():  # unmeasured: kernels are chosen, weights packed
-            passes(classifier, images(batch_size, 0))
+            passes(classifier, noise(batch_size, 0))
         times: dict[str, list[float]] = {name: [] for name in sides}
         for count in range(rounds):
-            batch = images(batch_size, 30 + count)
+            batch = noise(batch_size, 30 + count)
             # In turned order: a busy neighbour and a warm cache are shared fairly.
             for name in list(sides)[:: 1 if count % 2 else -1]:
                 times[name].append(passes(sides[name], batch))

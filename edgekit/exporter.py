@@ -209,7 +209,8 @@ def _write(
         if job.precision == "int8":
             scheme = quantize.SCHEMES["x86"]
             made = quantize.quantize(onnx.lower(student), calibration, scheme)
-            pairs = quantize.unsafe_pairs(made.model)
+            model = quantize.slim(made.model)
+            pairs = quantize.unsafe_pairs(model)
             if not pairs:  # a proof about no layer at all proves nothing
                 raise EdgekitError("no layer of this student could be quantized", where=job.name)
             if unsafe := {name: count for name, count in pairs.items() if count}:
@@ -217,8 +218,9 @@ def _write(
                     f"{sum(unsafe.values())} weight pairs could saturate, the first in {next(iter(unsafe))}",
                     where=job.name,
                 )
-            onnx.write_model(made.model, part, metadata)
+            onnx.write_model(model, part, metadata)
             record |= {"scheme": scheme.record(), "calibration": made.calibration, "in_float": made.in_float}
+            record["operators"] = onnx.running(part / onnx.FILE)
         else:
             FORMATS[job.format].write(student, part, metadata)
         paths = sorted(part.iterdir())
@@ -272,6 +274,9 @@ def _tell(written: Artifact) -> None:
         f"{written.name}: {written.bytes / 1e6:.2f} MB; agrees with the student on {100 * against['agreement']:.1f} % "
         f"of {against['images']} validation images, logits differ by at most {against['max_abs_difference']:.2g}"
     )
+    if operators := written.record.get("operators"):
+        floats = ", ".join(f"{count} {kind}" for kind, count in operators["float"].items()) or "none"
+        say(f"{written.name}: ONNX Runtime runs {operators['int8']} operators on integers; in float: {floats}")
     if "scheme" in written.record and written.record["scheme"]["cannot_saturate"]:
         # Where this processor never sums in 16 bits, the default and the precise session are one arithmetic.
         measured = "; both arithmetics gave the same answers here" if machine.saturates() else ""

@@ -24,6 +24,7 @@ class Session:
         options: the runtime's session entries, such as PRECISE or {"session.qdqisint8allowed": "1"}.
         optimization: of the graph: "none", "basic", "extended" or "all", the runtime's default.
         output: the name of the output that holds the scores; the first by default.
+        optimized: where the runtime shall write the graph that it runs.
     Raises:
         EdgekitError: the runtime does not take the file, or the file takes no images.
     """
@@ -36,6 +37,7 @@ class Session:
         options: Mapping[str, str] | None = None,
         optimization: str = "all",
         output: str | None = None,
+        optimized: Path | None = None,
     ) -> None:
         import onnxruntime
 
@@ -50,6 +52,8 @@ class Session:
         settings.log_severity_level = 3
         settings.intra_op_num_threads = threads or 0
         settings.graph_optimization_level = choose(levels, optimization, "optimization level")
+        if optimized is not None:
+            settings.optimized_model_filepath = str(optimized)
         # Spinning threads keep a core busy while torch makes the next gradient on it.
         for key, value in {"session.intra_op.allow_spinning": "0", **(options or {})}.items():
             settings.add_session_config_entry(key, value)

@@ -98,9 +98,12 @@ def quantum(model: onnx.ModelProto, output: str) -> float | None:
 
     def scale(name: str) -> float | None:
         node = made_by.get(name)
-        if node is None or node.op_type != "DequantizeLinear" or node.input[1] not in constants:
+        if node is None or node.op_type != "DequantizeLinear":
             return None
-        return float(numpy_helper.to_array(constants[node.input[1]]).max())
+        stored = node.input[1]
+        if (cast := made_by.get(stored)) is not None and cast.op_type == "Cast":
+            stored = cast.input[0]
+        return float(numpy_helper.to_array(constants[stored]).max()) if stored in constants else None
 
     node = made_by.get(output)
     while node is not None and node.op_type in ("Identity", "Cast", "Reshape", "Flatten", "Squeeze"):

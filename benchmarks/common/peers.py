@@ -5,6 +5,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
@@ -19,6 +20,7 @@ from edgekit.errors import ENVIRONMENT, EdgekitError
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT_FOLDER = ROOT / ".venv-peers"
 ATTACKERS = ("torchattacks==3.5.1", "foolbox==3.3.4")
+QUANTIZERS = ("nncf==3.4.0",)
 
 
 def python(*packages: str) -> Path:
@@ -61,6 +63,23 @@ def _here(name: str, wanted: str) -> bool:
         return version(name) == wanted
     except PackageNotFoundError:
         return False
+
+
+def quantized(model: Path, calibration: Tensor, folder: Path, names: Sequence[str] = ()) -> dict[str, Path]:
+    """The int8 files that the quantizers of quantizers.QUANTIZERS make of an fp32 ONNX file, by name, in `folder`.
+
+    Args:
+        calibration: (N, C, H, W) float32 in [0, 1].
+        names: of the quantizers; all of them by default.
+    Raises:
+        EdgekitError: (exit code 4) a quantizer died.
+    """
+    given = folder / "calibration.npy"
+    numpy.save(given, calibration.contiguous().numpy())
+    words = [python(*QUANTIZERS), Path(__file__).parent / "quantizers.py", model, given, folder, *names]
+    if subprocess.run([str(word) for word in words]).returncode:
+        raise EdgekitError("a quantizer died; what it said stands above", exit_code=ENVIRONMENT)
+    return {path.stem: path for path in sorted(folder.glob("*.onnx"))}
 
 
 class Attackers:

@@ -7,7 +7,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from edgekit import data
+from edgekit import data, models
 from edgekit.classifier import Classifier, predict
 from edgekit.data import Split
 from edgekit.errors import EdgekitError
@@ -15,8 +15,11 @@ from edgekit.formats import onnx as onnx_format
 from edgekit.models import Network
 from edgekit.quantize.qdq import quantize
 from edgekit.quantize.scheme import SCHEMES
-from edgekit.recipe import read
+from edgekit.quantize.slim import slim
+from edgekit.randomness import derive, uniform
+from edgekit.recipe import Student, read
 
+SIZE = 32  # pixels of an untrained network's images
 FOLDER = Path(__file__).parents[1] / "students"
 
 
@@ -56,9 +59,31 @@ def picked(folder: Path | None, samples: int, *, quick: bool) -> Split:
     return test[data.stratified(test.labels, samples, 0)]
 
 
+def calibration_images(folder: Path) -> Tensor:
+    """The calibration images (N, C, H, W) of the run that made CIFAR10, as `edgekit export` takes them."""
+    spec = read(CIFAR10.folder / "recipe.toml").data.model_copy(update={"name": str(folder)})
+    return data.load(spec).calibration.floats()
+
+
+def noise(count: int, purpose: int) -> Tensor:
+    """Uniform images (count, 3, 32, 32), channels-last; each `purpose` has others."""
+    seeds = derive(0, purpose, 0, samples=torch.arange(count))
+    return uniform(seeds, torch.empty(count, 3, SIZE, SIZE), 0.0, 1.0).contiguous(memory_format=torch.channels_last)
+
+
+def untrained(architecture: str, width: float) -> Network:
+    """Random weights, but the statistics of images in its normalization layers: the arithmetic is a trained one's."""
+    spec = Student(architecture=architecture, width=width)
+    made = models.build(spec, [str(name) for name in range(10)], (3, SIZE, SIZE), [0.5] * 3, [0.25] * 3, seed=0)
+    with torch.no_grad():
+        for purpose in range(3):
+            made.train()(noise(64, 10 + purpose))
+    return made.eval().to(memory_format=torch.channels_last)  # pyright: ignore
+
+
 def int8_file(student: Network, calibration: Tensor, folder: Path) -> Path:
     """The ONNX file that `edgekit export --int8` makes of `student`, with calibration images (N, C, H, W)."""
-    model = quantize(onnx_format.lower(student), calibration, SCHEMES["x86"]).model
+    model = slim(quantize(onnx_format.lower(student), calibration, SCHEMES["x86"]).model)
     onnx_format.write_model(model, folder, {})
     return folder / onnx_format.FILE
 

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,8 +123,11 @@ def describe(path: Path) -> dict[str, Any]:
         raise EdgekitError("not an ONNX file", where=path) from None
     quantized = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
     operators: dict[str, collections.Counter[str]] = {"int8": collections.Counter(), "float": collections.Counter()}
+    constant = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        if node.input and constant.issuperset(node.input):
+            constant.update(node.output)  # computed once, when the file is loaded
+        elif node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             # By its first input; a node with none (a Constant) holds floats.
             operators["int8" if quantized.intersection(node.input[:1]) else "float"][node.op_type] += 1
     shape = [d.dim_param or d.dim_value for d in first.type.tensor_type.shape.dim]
@@ -135,3 +139,34 @@ def describe(path: Path) -> dict[str, Any]:
         "input": {"name": first.name, "shape": shape},
         "metadata": {entry.key: entry.value for entry in model.metadata_props},
     }
+
+
+# Operators that only move numbers: integers where they get integers.
+_MOVING = ("Flatten", "Gather", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+_INTEGER = ("QGemm", "MatMulInteger", "ConvInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+
+
+def running(path: Path) -> dict[str, Any]:
+    """What ONNX Runtime makes of the file on this processor, read from the graph that it has optimized.
+
+    Returns:
+        {"int8": number of operators on integers, "float": {operator: number of those that read or make floats}}.
+    """
+    import onnx
+
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / FILE
+        ort.Session(path, threads=1, optimized=made)
+        nodes = onnx.load(made).graph.node
+    integers: set[str] = set()
+    count, floats = 0, collections.Counter[str]()
+    for node in nodes:
+        whole = node.op_type.startswith("QLinear") or node.op_type in _INTEGER
+        if whole or (node.op_type in _MOVING and node.input[0] in integers):
+            count += 1
+            integers.update(node.output)
+        else:
+            floats[node.op_type] += 1
+            if node.op_type == "QuantizeLinear":
+                integers.update(node.output)
+    return {"int8": count, "float": dict(sorted(floats.items()))}

@@ -3,6 +3,7 @@
 from edgekit.quantize.qdq import Quantized, layers, quantize
 from edgekit.quantize.scheme import SCHEMES, Scheme
 from edgekit.quantize.settings import Settings
+from edgekit.quantize.slim import slim
 from edgekit.saturation import unsafe_pairs
 
-__all__ = ["SCHEMES", "Quantized", "Scheme", "Settings", "layers", "quantize", "unsafe_pairs"]
+__all__ = ["SCHEMES", "Quantized", "Scheme", "Settings", "layers", "quantize", "slim", "unsafe_pairs"]

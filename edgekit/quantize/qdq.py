@@ -19,6 +19,7 @@ from edgekit.files import digest
 from edgekit.quantize.calibrate import ranges
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.settings import Settings
+from edgekit.quantize.slim import storable
 from edgekit.quantize.ties import settle
 
 _WEIGHTED = ("Conv", "Gemm")
@@ -177,7 +178,7 @@ def _activation(low: float, high: float) -> tuple[numpy.float32, numpy.uint8]:
 def _weight(weights: numpy.ndarray, largest: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     """int8 weights (O, …) in [-largest, largest] and their float32 scales (O,)."""
     peak = numpy.abs(weights).reshape(len(weights), -1).max(1)
-    scale = numpy.where(peak > 0, peak / largest, 1).astype(numpy.float32)
+    scale = storable(numpy.where(peak > 0, peak / largest, 1).astype(numpy.float32))
     shaped = scale.reshape(-1, *[1] * (weights.ndim - 1))
     return numpy.clip(numpy.rint(weights / shaped), -largest, largest).astype(numpy.int8), scale
 
