@@ -28,6 +28,8 @@ def correct(model: onnx.ModelProto, quantized: onnx.ModelProto, images: Tensor) 
     tensors = {tensor.name: tensor for tensor in made.graph.initializer}
     makers = {node.output[0]: node for node in made.graph.node}
     layers = [node for node in made.graph.node if node.op_type in ("Conv", "Gemm") and _bias(node, makers, tensors)]
+    if not layers:
+        return made
     names = [node.output[0] for node in layers]
     (shapes,) = answers(model, names, images[:1])
     largest = max(array.size for array in shapes.values())

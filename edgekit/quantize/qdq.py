@@ -260,7 +260,7 @@ def _write(
     def quantized(name: str, made: str) -> None:
         """QuantizeLinear and DequantizeLinear of the tensor `made`, whose readers know it as `name`."""
         scale, zero = parameters[name]
-        pair = [constant(f"{name}_scale", numpy.array(scale)), constant(f"{name}_zero_point", numpy.array(zero))]
+        pair = [constant(f"{name}_scale", numpy.array(scale)), constant(f"{name}_zero_point", numpy.asarray(zero))]
         nodes.append(helper.make_node("QuantizeLinear", [made, *pair], [f"{name}_quantized"], name=f"{name}_q"))
         nodes.append(
             helper.make_node(
@@ -273,7 +273,7 @@ def _write(
             return f"{name}_dequantized"
         inputs = [constant(f"{name}_quantized", value), constant(f"{name}_scale", scale)]
         inputs.append(constant(f"{name}_zero_point", zero))
-        axis = {"axis": 0} if scale.ndim else {}
+        axis: dict[str, Any] = {"axis": 0} if scale.ndim else {}
         nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_dequantized"], name=f"{name}_dq", **axis))
         return f"{name}_dequantized"
 

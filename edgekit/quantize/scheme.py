@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 import numpy
 
-Grid = tuple[numpy.float32, numpy.integer]  # scale and zero point: an integer q stands for (q - zero point) * scale
+# Scale and zero point: an integer q stands for (q - zero point) * scale. Signed integers have an int8 zero point.
+Grid = tuple[numpy.float32, int | numpy.integer]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ class Settings:
     correct: bool = False
     weights: str = "seven"
 
+    def __str__(self) -> str:
+        words = [self.method, "also on adversarial images"] if self.adversarial else [self.method]
+        words += ["equalized"] * self.equalize + ["bias corrected"] * self.correct + [f"weights {self.weights}"]
+        return ", ".join(words)
+
     def record(self) -> dict[str, Any]:
         """All but the layers in float, which the record of a file names one by one with their reasons."""
         return {name: value for name, value in asdict(self).items() if name != "in_float"}

@@ -8,7 +8,7 @@ on ARM. So a sum next to the middle between two integers falls up on one process
 
 import numpy
 
-Grid = tuple[numpy.float32, int | numpy.integer]  # scale, zero point of 8-bit integers; without a type, unsigned
+from edgekit.quantize.scheme import Grid
 
 # One rounding of a number between 128 and 256 errs by 2**-17 at most; a kernel makes four or five of them, most of them
 # of smaller numbers.

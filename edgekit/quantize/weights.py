@@ -37,7 +37,7 @@ class Rows:
 
     def unsafe(self, scale: numpy.ndarray) -> numpy.ndarray:
         """Whether a part (count,) holds a pair that can clip."""
-        return clips(paired(self.integers(scale))).any(1).reshape(self.count, -1).any(1)
+        return numpy.asarray(clips(paired(self.integers(scale)))).reshape(self.count, -1).any(1)
 
     def error(self, scale: numpy.ndarray) -> numpy.ndarray:
         """The squared error of each part (count,)."""
