@@ -18,7 +18,7 @@ from edgekit.quantize.scheme import Format
 
 BINS = 2048
 PERCENTILE = 0.9999  # of the values lie inside, the rest shared by both ends
-STEPS = 64  # of a search: ranges from a quarter of what was seen to all of it
+SHARES = numpy.geomspace(1, 1 / 32, 80)  # of what was seen: the ranges that a search tries
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,12 @@ def divergence(seen: Histogram, stored: Format, low: float, high: float) -> floa
 def _search(seen: Histogram, cost: Callable[[float, float], float]) -> tuple[float, float]:
     """The cheapest range: both ends drawn in alike, then each by itself; of equals the widest."""
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
-    shares = numpy.linspace(1, 0.25, STEPS)
 
     def best(candidates: list[tuple[float, float]]) -> tuple[float, float]:
         return min(candidates, key=lambda ends: cost(*ends))
 
     if low < 0 < high:
-        both = best([(low * share, high * share) for share in shares])
-        upper = best([both, *((both[0], high * share) for share in shares)])
-        return best([upper, *((low * share, upper[1]) for share in shares)])
-    return best([(low * share, high * share) for share in shares])
+        both = best([(low * share, high * share) for share in SHARES])
+        upper = best([both, *((both[0], high * share) for share in SHARES)])
+        return best([upper, *((low * share, upper[1]) for share in SHARES)])
+    return best([(low * share, high * share) for share in SHARES])

@@ -87,9 +87,9 @@ class _Walk:
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
             for name, array in given.items()
         ]
-        constants = [self.tensors[name] for name in node.input if name in self.tensors]
+        constants = [self.tensors[name] for name in dict.fromkeys(node.input) if name in self.tensors]
         outputs = [helper.make_empty_tensor_value_info(name) for name in node.output]
-        graph = helper.make_graph([node], "node", inputs, outputs, {each.name: each for each in constants}.values())
+        graph = helper.make_graph([node], "node", inputs, outputs, constants)
         alone = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
         results = opened(alone).run(list(node.output), given)
         self.values.update(zip(node.output, map(numpy.asarray, results), strict=True))

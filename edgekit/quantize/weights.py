@@ -14,7 +14,6 @@ from edgekit.quantize.scheme import Format
 from edgekit.saturation import clips, paired
 
 STEP = 1.002  # of a scale that grows
-CLIPPED = 0.75  # the smallest scale that `least` tries, as a share of what the largest weight asks for
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,8 @@ class Rows:
 
     def unsafe(self, scale: numpy.ndarray) -> numpy.ndarray:
         """Whether a part (count,) holds a pair that can clip."""
-        return numpy.asarray(clips(paired(self.integers(scale)))).reshape(self.count, -1).any(1)
-
-    def error(self, scale: numpy.ndarray) -> numpy.ndarray:
-        """The squared error of each part (count,)."""
-        whole = self.weights.reshape(self.count, -1)
-        return ((self.integers(scale).reshape(whole.shape) * scale[:, None] - whole) ** 2).sum(1)
+        bad = numpy.asarray(clips(paired(self.integers(scale))))
+        return numpy.asarray(bad.reshape(self.count, -1).any(1))
 
 
 def weigh(
@@ -101,22 +96,7 @@ def enlarged(rows: Rows, scale: numpy.ndarray) -> numpy.ndarray:
     return scale
 
 
-def least(rows: Rows, scale: numpy.ndarray) -> numpy.ndarray:
-    """The safe scale of least squared error: a smaller one may clip the largest weights, and so make them safe."""
-    best = enlarged(rows, scale)
-    lowest = rows.error(best)
-    for share in numpy.arange(CLIPPED, 1, STEP - 1):
-        tried = _single(scale * share)
-        error = rows.error(tried)
-        better = error < lowest
-        if better.any():
-            better[better] = ~rows[better].unsafe(tried[better])
-            best[better], lowest[better] = tried[better], error[better]
-    return best
-
-
 RULES: dict[str, Callable[[Rows, numpy.ndarray], numpy.ndarray]] = {
     "seven": seven,
     "enlarged": enlarged,
-    "least": least,
 }
