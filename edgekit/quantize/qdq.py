@@ -26,7 +26,7 @@ from edgekit.quantize.ties import settle
 from edgekit.quantize.weights import weigh
 
 _WEIGHTED = ("Conv", "Gemm")
-BEFORE = "it prepares the image"
+BEFORE = "it works on the image or on constants alone"
 _MOVING = ("Flatten", "Reshape", "MaxPool")  # hand integers on as they are: input and output share one scale
 
 
@@ -135,7 +135,8 @@ def _reasons(source: onnx.ModelProto, graph: "_Graph", integral: set[int], kept:
     for node in source.graph.node:
         if id(node) in integral or node.op_type == "Constant":
             continue
-        name = _layer(node)
+        named = node.op_type not in _WEIGHTED or node.input[1] in graph.constants
+        name = _layer(node) if named else node.output[0]
         if node.op_type not in _WEIGHTED and image.issuperset(graph.activations(node)):
             image.update(node.output)
             reason = BEFORE
