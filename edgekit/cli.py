@@ -90,12 +90,16 @@ def export(
         str | None, typer.Option(help="Part of the artifact's name, to keep several side by side.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact of the same name.")] = False,
+    ptq: Annotated[
+        str, typer.Option(help="tuned: int8 settings chosen on validation images; plain: min-max ranges.")
+    ] = "tuned",
     json: Json = False,
 ) -> None:
     """Write deployable files, each opened again and compared with the student."""
     from edgekit.exporter import export as work
 
-    result = work(run, int8=int8, fp16=fp16, formats=format.split(",") if format else None, label=label, force=force)
+    formats = format.split(",") if format else None
+    result = work(run, int8=int8, fp16=fp16, formats=formats, label=label, force=force, ptq=ptq)
     if json:
         _print_json(result)
         return

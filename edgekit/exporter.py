@@ -1,6 +1,8 @@
 """Student + formats -> artifacts, each opened again in its own runtime and compared before it is called written."""
 
 import contextlib
+import copy
+import functools
 import importlib.metadata
 import json
 import platform
@@ -18,12 +20,15 @@ import edgekit
 from edgekit import artifact as artifacts
 from edgekit import data, judge, machine, models, quantize, runs
 from edgekit.artifact import Artifact
+from edgekit.attacks.losses import cross_entropy
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
 from edgekit.errors import EdgekitError, choose
 from edgekit.files import sha256, write_json, writing_folder
 from edgekit.formats import FORMATS, onnx
+from edgekit.methods.inner import Inner
 from edgekit.models import Network
+from edgekit.randomness import derive
 from edgekit.recipe import read
 from edgekit.runs import Run
 
@@ -33,6 +38,9 @@ PRECISIONS = {"onnx": ("fp32", "int8"), "torchscript": ("fp32",)}
 # Names that CLI.md fixes for formats yet to come: whoever types one has misspelt nothing.
 LATER = ("tensorrt", "executorch", "litert", "openvino", "ncnn", "coreml")
 COMPARED = 1000  # validation images at most
+# How the settings of an int8 file come about: by a choice among candidates, or min-max ranges and nothing else.
+PTQ = ("tuned", "plain")
+MEASURED, ATTACKED, STEPS = 400, 128, 20  # of the choice: validation images, adversarial calibration images, PGD steps
 AGREES = 0.99  # an fp32 file that decides otherwise on more than 1 % of the images is not the student
 
 
@@ -57,6 +65,7 @@ def export(
     formats: str | Sequence[str] | None = None,
     label: str | None = None,
     force: bool = False,
+    ptq: str = "tuned",
 ) -> dict[str, Any]:
     """Write the deployable files of a run's student into its artifacts/ folder.
 
@@ -67,6 +76,7 @@ def export(
         formats: names of FORMATS, also as one string with commas; "all" is every one of them.
         label: the last part of the artifacts' names.
         force: replace what stands under the same name.
+        ptq: "tuned": int8 files get the settings that cost least on validation images; "plain": min-max ranges.
     Returns:
         {"run", "artifacts": [{"name", "written", artifact.json's content…}], "latency": […]}: what `--json` prints;
             `latency` (int8 against fp32) only where a file was written.
@@ -75,13 +85,14 @@ def export(
             or a file that does not answer as the student does.
     """
     jobs = _jobs(formats, int8, fp16, label)
+    choose(dict.fromkeys(PTQ, ptq), ptq, "quantization", where="--ptq")
     place = runs.find(run)
     torch.set_flush_denormal(True)
     made_from = _made_from(place)
     recipe = read(place.recipe_file)
     student = models.load(place.student, factory=recipe.student.architecture)
-    standing = [_standing(place.artifacts / job.name, made_from, job, force) for job in jobs]
-    compared = calibration = torch.empty(0)
+    standing = [_standing(place.artifacts / job.name, made_from, job, force, ptq) for job in jobs]
+    compared, tune, calibration = torch.empty(0), None, torch.empty(0)
     if not all(standing):  # reading the data may take a while; where nothing is to be written nobody waits for it
         dataset = data.load(recipe.data)
         if dataset.sha256 != made_from["data_sha256"]:
@@ -90,6 +101,8 @@ def export(
             )
         chosen = dataset.validation[data.stratified(dataset.validation.labels, COMPARED, 0)]
         compared, calibration = chosen.floats(), dataset.calibration.floats()
+        if ptq == "tuned":
+            tune = functools.partial(_evidence, student, dataset, recipe.inner.epsilon)
     reports = []
     with contextlib.ExitStack() as after, progress() as bar:
         after.callback(torch.set_num_threads, torch.get_num_threads())
@@ -101,7 +114,7 @@ def export(
             if there:
                 say(f"{job.name}: already there")
             else:
-                _write(job, folder, student, made_from, compared, calibration)
+                _write(job, folder, student, made_from, compared, calibration, tune)
             written = artifacts.load(folder)
             reports.append({"name": job.name, "written": not there, **written.record})
             if not there:
@@ -162,7 +175,7 @@ def _made_from(run: Run) -> dict[str, Any]:
         ) from None
 
 
-def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool) -> bool:
+def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool, ptq: str) -> bool:
     """Whether this very artifact is there already; another one under its name is refused."""
     if force or not folder.exists():
         return False
@@ -173,7 +186,8 @@ def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool) ->
     there = artifacts.load(folder).record
     scheme = quantize.SCHEMES["x86"].record() if job.precision == "int8" else None
     made = {"made_from": made_from, "edgekit": edgekit.__version__, "scheme": scheme}
-    if any(there.get(key) != value for key, value in made.items()):
+    other = job.precision == "int8" and there.get("calibration", {}).get("ptq", "plain") != ptq
+    if other or any(there.get(key) != value for key, value in made.items()):
         raise EdgekitError(
             "another artifact has this name", where=folder, mend="Use --label to keep both, or --force to replace it"
         )
@@ -181,7 +195,13 @@ def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool) ->
 
 
 def _write(
-    job: Job, folder: Path, student: Network, made_from: dict[str, Any], compared: Tensor, calibration: Tensor
+    job: Job,
+    folder: Path,
+    student: Network,
+    made_from: dict[str, Any],
+    compared: Tensor,
+    calibration: Tensor,
+    tune: Callable[[], quantize.Evidence] | None,
 ) -> None:
     channels, height, width = student.input_shape
     described = {
@@ -208,7 +228,7 @@ def _write(
     with writing_folder(folder) as part:
         if job.precision == "int8":
             scheme = quantize.SCHEMES["x86"]
-            made = quantize.quantize(onnx.lower(student), calibration, scheme)
+            made, settings = _quantized(job, student, scheme, calibration, tune)
             model = quantize.slim(made.model)
             pairs = quantize.unsafe_pairs(model)
             if not pairs:  # a proof about no layer at all proves nothing
@@ -219,8 +239,13 @@ def _write(
                     where=job.name,
                 )
             onnx.write_model(model, part, metadata)
-            record |= {"scheme": scheme.record(), "calibration": made.calibration, "in_float": made.in_float}
-            record["operators"] = onnx.running(part / onnx.FILE)
+            record |= {
+                "scheme": scheme.record(),
+                "calibration": made.calibration | settings,
+                "in_float": made.in_float,
+                "float_layers": made.float_layers,
+                "operators": onnx.running(part / onnx.FILE),
+            }
         else:
             FORMATS[job.format].write(student, part, metadata)
         paths = sorted(part.iterdir())
@@ -246,6 +271,57 @@ def _write(
                     "the int8 file answers differently under saturating and exact arithmetic", where=job.name
                 )
         write_json(part / "artifact.json", record)
+
+
+def _quantized(
+    job: Job,
+    student: Network,
+    scheme: quantize.Scheme,
+    calibration: Tensor,
+    tune: Callable[[], quantize.Evidence] | None,
+) -> tuple[quantize.Quantized, dict[str, Any]]:
+    """The int8 graph, and what artifact.json's `calibration` says of how its settings came about."""
+    lowered = onnx.lower(student)
+    if tune is None:
+        return quantize.quantize(lowered, calibration, scheme), {"ptq": "plain"}
+    evidence = tune()
+    made, measured = quantize.select(lowered, scheme, evidence)
+    taken = next(one for one in measured if one.settings.record().items() <= made.calibration.items())
+    clean, adversarial = (f"{100 * value:.1f} %" for value in taken.agreement)
+    say(
+        f"{job.name}: of {len(measured)} quantizations chosen: {taken.settings}; agrees with the student on {clean} "
+        f"of {len(evidence.clean)} validation images, on {adversarial} of them attacked (PGD-{STEPS} on the student)"
+    )
+    candidates = {"measured_on": len(evidence.clean), "candidates": [one.record() for one in measured]}
+    return made, {"ptq": "tuned", **candidates}
+
+
+def _evidence(student: Network, dataset: data.Dataset, epsilon: float) -> quantize.Evidence:
+    """What the choice rests on: no image of the test split."""
+    measured = dataset.validation[data.stratified(dataset.validation.labels, MEASURED, 0)]
+    attacked = dataset.calibration[data.stratified(dataset.calibration.labels, ATTACKED, 0)]
+    adversarial = _iterates(student, measured, epsilon)
+    return quantize.Evidence(
+        dataset.calibration.floats(),
+        _iterates(student, attacked, epsilon),
+        measured.floats(),
+        adversarial,
+        (predict(student, measured.floats()), predict(student, adversarial)),
+    )
+
+
+def _iterates(student: Network, split: data.Split, epsilon: float) -> Tensor:
+    """The last iterates of PGD on the float student, whether they fool it or not."""
+    attack, seeds = Inner(epsilon, epsilon / 4, STEPS), derive(0, samples=split.index)
+    # A copy: an attack is faster where channels lie together, and what is exported stays as it was.
+    attacked = copy.deepcopy(student).to(memory_format=torch.channels_last)  # pyright: ignore
+    parts = zip(split.floats().split(100), split.labels.split(100), seeds.split(100), strict=True)
+    return torch.cat(
+        [
+            attack(attacked, images, lambda logits, labels=labels: cross_entropy(logits, labels), drawn, spread=True)
+            for images, labels, drawn in parts
+        ]
+    )
 
 
 def _against(expected: Tensor, answered: Tensor, job: Job, file: str) -> dict[str, Any]:
@@ -277,6 +353,9 @@ def _tell(written: Artifact) -> None:
     if operators := written.record.get("operators"):
         floats = ", ".join(f"{count} {kind}" for kind, count in operators["float"].items()) or "none"
         say(f"{written.name}: ONNX Runtime runs {operators['int8']} operators on integers; in float: {floats}")
+    for layer in written.record.get("float_layers", []):
+        if layer["reason"] != quantize.BEFORE:
+            say(f"{written.name}: {layer['layer']} ({layer['operator']}) stays float: {layer['reason']}")
     if "scheme" in written.record and written.record["scheme"]["cannot_saturate"]:
         # Where this processor never sums in 16 bits, the default and the precise session are one arithmetic.
         measured = "; both arithmetics gave the same answers here" if machine.saturates() else ""

@@ -53,8 +53,7 @@ def unsafe_pairs(model: onnx.ModelProto) -> dict[str, int]:
         if node.op_type in ("Conv", "QLinearConv"):
             if attributes.get("group", 1) == len(weights) and weights.shape[1] == 1:
                 continue
-            # The kernel walks a window row by row, column by column, with the input channels fastest.
-            rows = numpy.moveaxis(weights, 1, -1).reshape(len(weights), -1)
+            rows = paired(weights)
         else:
             rows = weights if attributes.get("transB", 0) else weights.reshape(-1, weights.shape[-1]).T
         found[name] = int(clips(rows).sum())
@@ -80,11 +79,20 @@ def _paired(node: NodeProto, constants: Mapping[str, TensorProto], dequantized: 
     return name if name in constants else None
 
 
+def paired(weights: numpy.ndarray) -> numpy.ndarray:
+    """Weights (O, C, …) in the order in which a kernel pairs them, (O, K).
+
+    It walks a window row by row, column by column, with the input channels fastest.
+    """
+    return numpy.moveaxis(weights, 1, -1).reshape(len(weights), -1)
+
+
 def clips(rows: numpy.ndarray) -> numpy.ndarray:
     """bool (O, ceil(K / 2)) for weights (O, K): whether some unsigned 8-bit input makes the pair 2i, 2i + 1 clip."""
     padded = numpy.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
-    pairs = padded.reshape(len(rows), -1, 2)
-    return (pairs.clip(min=0).sum(2) > 128) | (pairs.clip(max=0).sum(2) < -128)
+    first, second = padded[:, 0::2], padded[:, 1::2]
+    highest = numpy.maximum(first, 0) + numpy.maximum(second, 0)
+    return (highest > 128) | (first + second - highest < -128)
 
 
 def quantum(model: onnx.ModelProto, output: str) -> float | None:

@@ -6,47 +6,80 @@ the range of the output tensor does its work.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 from torch import Tensor
 
-from edgekit.errors import choose
+from edgekit.errors import EdgekitError, choose
 from edgekit.files import digest
-from edgekit.quantize.calibrate import ranges
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.calibrate import METHODS, histograms, ranges
+from edgekit.quantize.correct import correct
+from edgekit.quantize.equalize import equalize
+from edgekit.quantize.scheme import Grid, Scheme
 from edgekit.quantize.settings import Settings
-from edgekit.quantize.slim import storable
 from edgekit.quantize.ties import settle
+from edgekit.quantize.weights import weigh
 
 _WEIGHTED = ("Conv", "Gemm")
+BEFORE = "it works on the image or on constants alone"
 _MOVING = ("Flatten", "Reshape", "MaxPool")  # hand integers on as they are: input and output share one scale
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """model: the QDQ graph. calibration: artifact.json's record. in_float: operators that stay float, by type."""
+    """What became of a graph.
+
+    Attributes:
+        model: the QDQ graph.
+        calibration: artifact.json's record.
+        in_float: operators that stay float, by type.
+        float_layers: the same one by one: {"layer", "operator", "reason"}. The reason BEFORE is no loss.
+    """
 
     model: onnx.ModelProto
     calibration: dict[str, object]
     in_float: dict[str, int]
+    float_layers: list[dict[str, str]]
 
 
-def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme, settings: Settings = Settings()) -> Quantized:
+def quantize(
+    model: onnx.ModelProto,
+    images: Tensor,
+    scheme: Scheme,
+    settings: Settings = Settings(),
+    memo: dict[Any, Any] | None = None,
+) -> Quantized:
     """Quantize an fp32 graph whose batch normalization is folded.
 
     Args:
         model: fp32; one input (N, C, H, W), one output of logits, which stay float.
-        images: (M, C, H, W) float32 in [0, 1]; their activations set the ranges (smallest to largest, zero included).
+        images: (M, C, H, W) float32 in [0, 1]; their activations set the ranges, which always include zero.
+        memo: one dict for several calls that differ in `settings` alone, and in `images` as `settings.adversarial`
+            does: what they have in common is computed once.
     Raises:
-        EdgekitError: `settings` names a layer that there is not.
+        EdgekitError: `settings` names a layer, method or rule that there is not, or the scheme is none that is written.
     """
-    source = _prepared(model)
+    if scheme.weights.bits != 8 or scheme.activations.bits != 8 or scheme.activations.granularity != "tensor":
+        raise EdgekitError("only 8 bits, and activations by tensor, can be written", where=f"scheme {scheme.name}")
+    cut = choose(METHODS, settings.method, "calibration method")
+    memo = {} if memo is None else memo
+
+    def once(key: Any, make: Callable[[], Any]) -> Any:
+        if key not in memo:
+            memo[key] = make()
+        return memo[key]
+
+    source = once("source", lambda: _prepared(model))
+    version = settings.equalize and ("equalized", settings.adversarial)  # which weights are quantized
+    if version:
+        source = once(version, lambda: equalize(source, images, scheme))
     graph = _Graph(source)
-    quantizable = {_layer(node): node for node in source.graph.node if graph.quantizable(node)}
+    quantizable = {_layer(node): node for node in source.graph.node if graph.obstacle(node) is None}
     kept = {choose(dict.fromkeys(quantizable, name), name, "layer") for name in settings.in_float}
     chosen: list[NodeProto] = []
     for name, node in reversed(quantizable.items()):
@@ -60,7 +93,7 @@ def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme, settings: S
         follower = graph.only_consumer(node.output[0])
         if follower is not None and graph.is_clip(follower) and follower.output[0] not in graph.outputs:
             absorbed[node.output[0]] = follower
-    removed = {follower.output[0]: name for name, follower in absorbed.items()}
+    followers = {follower.output[0]: name for name, follower in absorbed.items()}
     points: dict[str, None] = {}  # tensors that become integers, in graph order
     for node in chosen:
         for name in graph.activations(node):
@@ -68,20 +101,53 @@ def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme, settings: S
         result = absorbed[node.output[0]].output[0] if node.output[0] in absorbed else node.output[0]
         if result not in graph.outputs:
             points[result] = None
-    found = ranges(source, points, images)
-    parameters = {name: _activation(*found[name]) for name in points}
+    seen = (version, settings.adversarial, tuple(points))
+    found = once(("ranges", *seen), lambda: ranges(source, points, images))
+    if settings.method != "min-max":
+        counted = once(("histograms", *seen), lambda: histograms(source, found, images))
+        found = {name: cut(histogram, scheme.activations) for name, histogram in counted.items()}
+    parameters = {name: scheme.activations.grid(*found[name]) for name in points}
     for node in chosen:
         if node.op_type in _MOVING and node.output[0] in parameters:
             parameters[node.output[0]] = parameters[node.input[0]]
         result = absorbed[node.output[0]].output[0] if node.output[0] in absorbed else node.output[0]
         if node.op_type == "Add" and result in parameters:
-            scale, zero = settle(parameters[node.input[0]], parameters[node.input[1]], parameters[result])
-            parameters[result] = scale, numpy.uint8(zero)
-    written = _write(source, graph, chosen, removed, parameters, scheme)
-    record = {"images": len(images), "sha256": digest(images.contiguous().numpy().tobytes()), "method": "min-max"}
+            parameters[result] = settle(parameters[node.input[0]], parameters[node.input[1]], parameters[result])
+
+    def weigher(name: str, weights: numpy.ndarray, pairs: bool) -> tuple[numpy.ndarray, ...]:
+        key = ("weights", version, settings.weights, name)
+        return once(key, lambda: weigh(weights, scheme.weights, pairs=pairs, rule=settings.weights))
+
+    written = _write(source, graph, chosen, followers, parameters, scheme, settings, weigher)
+    if settings.correct:
+        written = correct(source, written, images)
+    record = {"images": len(images), "sha256": digest(images.contiguous().numpy().tobytes())} | settings.record()
     kinds = {id(node) for node in chosen} | {id(follower) for follower in absorbed.values()}
     floats = Counter(node.op_type for node in source.graph.node if id(node) not in kinds and node.op_type != "Constant")
-    return Quantized(written, record, dict(sorted(floats.items())))
+    reasons = _reasons(source, graph, kinds, kept)
+    return Quantized(written, record, dict(sorted(floats.items())), reasons)
+
+
+def _reasons(source: onnx.ModelProto, graph: "_Graph", integral: set[int], kept: set[str]) -> list[dict[str, str]]:
+    """Each operator that stays float, and why."""
+    found = []
+    image = {value.name for value in source.graph.input}  # what is made of the image alone, before the first layer
+    for node in source.graph.node:
+        if id(node) in integral or node.op_type == "Constant":
+            continue
+        named = node.op_type not in _WEIGHTED or node.input[1] in graph.constants
+        name = _layer(node) if named else node.output[0]
+        if node.op_type not in _WEIGHTED and image.issuperset(graph.activations(node)):
+            image.update(node.output)
+            reason = BEFORE
+        elif name in kept:
+            reason = "it was chosen to"
+        elif graph.is_clip(node):
+            reason = "it follows no integer operator alone"
+        else:
+            reason = graph.obstacle(node) or "no integer operator reads it"
+        found.append({"layer": name, "operator": node.op_type, "reason": reason})
+    return found
 
 
 def layers(model: onnx.ModelProto) -> list[str]:
@@ -89,7 +155,7 @@ def layers(model: onnx.ModelProto) -> list[str]:
     additions and averages by that of their result."""
     source = _prepared(model)
     graph = _Graph(source)
-    return [_layer(node) for node in source.graph.node if graph.quantizable(node) and node.op_type not in _MOVING]
+    return [_layer(node) for node in source.graph.node if graph.obstacle(node) is None and node.op_type not in _MOVING]
 
 
 def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -125,17 +191,22 @@ class _Graph:
         """The inputs that are computed; weights, biases and shapes are constants."""
         return [name for name in node.input if name and name not in self.constants]
 
-    def quantizable(self, node: NodeProto) -> bool:
+    def obstacle(self, node: NodeProto) -> str | None:
+        """Why the node has no integer form; None where it has one."""
         computed = self.activations(node)
         if node.op_type in _WEIGHTED:
-            constant = all(name in self.constants for name in node.input[1:])
+            if any(name not in self.constants for name in node.input[1:] if name):
+                return "its weights are computed"
+            if computed != [node.input[0]]:
+                return "its input is a constant"
             plain = node.op_type == "Conv" or all(
                 entry.name == "transB" or helper.get_attribute_value(entry) in (0, 1.0) for entry in node.attribute
             )
-            return computed == [node.input[0]] and constant and plain
+            return None if plain else "it multiplies by more than its weights"
         if node.op_type == "Add":
-            return len(computed) == 2
-        return node.op_type == "GlobalAveragePool" or node.op_type in _MOVING
+            return None if len(computed) == 2 else "it adds a constant"
+        known = node.op_type == "GlobalAveragePool" or node.op_type in _MOVING
+        return None if known else f"{node.op_type} has no integer form here"
 
     def is_clip(self, node: NodeProto) -> bool:
         """Whether the node cuts at 0 below (and perhaps somewhere above): what an unsigned range does by itself."""
@@ -168,32 +239,20 @@ def _pool(model: onnx.ModelProto) -> None:
     model.graph.node.extend(nodes)
 
 
-def _activation(low: float, high: float) -> tuple[numpy.float32, numpy.uint8]:
-    """Scale and zero point of unsigned 8 bits over [low, high], widened to hold zero exactly."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = numpy.float32((high - low) / 255) or numpy.float32(1)
-    return scale, numpy.uint8(numpy.clip(round(-low / float(scale)), 0, 255))
-
-
-def _weight(weights: numpy.ndarray, largest: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """int8 weights (O, …) in [-largest, largest] and their float32 scales (O,)."""
-    peak = numpy.abs(weights).reshape(len(weights), -1).max(1)
-    scale = storable(numpy.where(peak > 0, peak / largest, 1).astype(numpy.float32))
-    shaped = scale.reshape(-1, *[1] * (weights.ndim - 1))
-    return numpy.clip(numpy.rint(weights / shaped), -largest, largest).astype(numpy.int8), scale
-
-
 def _write(
     source: onnx.ModelProto,
     graph: _Graph,
     chosen: Sequence[NodeProto],
-    removed: dict[str, str],
-    parameters: dict[str, tuple[numpy.float32, numpy.uint8]],
+    followers: dict[str, str],
+    parameters: dict[str, Grid],
     scheme: Scheme,
+    settings: Settings,
+    weigher: Callable[[str, numpy.ndarray, bool], tuple[numpy.ndarray, ...]],
 ) -> onnx.ModelProto:
     nodes: list[NodeProto] = []
     constants: dict[str, numpy.ndarray] = {}
     integral = {id(node) for node in chosen}
+    least = scheme.activations.ends[0]
 
     def constant(name: str, value: numpy.ndarray) -> str:
         constants[name] = value
@@ -202,7 +261,7 @@ def _write(
     def quantized(name: str, made: str) -> None:
         """QuantizeLinear and DequantizeLinear of the tensor `made`, whose readers know it as `name`."""
         scale, zero = parameters[name]
-        pair = [constant(f"{name}_scale", numpy.array(scale)), constant(f"{name}_zero_point", numpy.array(zero))]
+        pair = [constant(f"{name}_scale", numpy.array(scale)), constant(f"{name}_zero_point", numpy.asarray(zero))]
         nodes.append(helper.make_node("QuantizeLinear", [made, *pair], [f"{name}_quantized"], name=f"{name}_q"))
         nodes.append(
             helper.make_node(
@@ -210,12 +269,13 @@ def _write(
             )
         )
 
-    def dequantized(name: str, value: numpy.ndarray, scale: numpy.ndarray) -> str:
+    def dequantized(name: str, value: numpy.ndarray, scale: numpy.ndarray, zero: numpy.ndarray) -> str:
         if f"{name}_quantized" in constants:  # weights that two layers share
             return f"{name}_dequantized"
         inputs = [constant(f"{name}_quantized", value), constant(f"{name}_scale", scale)]
-        inputs.append(constant(f"{name}_zero_point", numpy.zeros(len(scale), value.dtype)))
-        nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_dequantized"], name=f"{name}_dq", axis=0))
+        inputs.append(constant(f"{name}_zero_point", zero))
+        axis: dict[str, Any] = {"axis": 0} if scale.ndim else {}
+        nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_dequantized"], name=f"{name}_dq", **axis))
         return f"{name}_dequantized"
 
     for value in source.graph.input:
@@ -223,8 +283,9 @@ def _write(
             quantized(value.name, value.name)
     for node in source.graph.node:
         result = node.output[0]
-        if result in removed:  # a ReLU or Clip that the range of its output replaces
-            quantized(result, removed[result])
+        if result in followers and int(parameters[result][1]) == least:
+            # A ReLU or Clip that the range of its output replaces: nothing below zero has an integer.
+            quantized(result, followers[result])
             continue
         copy = NodeProto()
         copy.CopyFrom(node)
@@ -242,15 +303,17 @@ def _write(
                 and weights.shape[1] == 1
                 and any(entry.name == "group" and entry.i == len(weights) for entry in node.attribute)
             )
-            largest = 127 if depthwise or not scheme.cannot_saturate else 64
-            stored, scale = _weight(weights, largest)
-            inputs[1] = dequantized(node.input[1], stored, scale)
-            if len(node.input) > 2:
+            pairs = scheme.cannot_saturate and not depthwise
+            stored, scale, zero = weigher(node.input[1], weights, pairs)
+            inputs[1] = dequantized(node.input[1], stored, scale, zero)
+            if len(node.input) > 2 or settings.correct:  # a bias is where a correction goes
+                given = graph.constants[node.input[2]] if len(node.input) > 2 else numpy.zeros(len(weights))
                 products = (parameters[node.input[0]][0] * scale).astype(numpy.float32)
-                bias = numpy.rint(graph.constants[node.input[2]].astype(numpy.float64) / products)
+                bias = numpy.rint(given.astype(numpy.float64) / products)
                 stored = numpy.clip(bias, -(2**31), 2**31 - 1).astype(numpy.int32)
                 # Named after the layer: two layers may share a bias, their products' scales differ.
-                inputs[2] = dequantized(f"{result}_bias", stored, products)
+                place = dequantized(f"{result}_bias", stored, products, numpy.zeros(scale.shape, numpy.int32))
+                inputs[2:] = [place]
         del copy.input[:]
         copy.input.extend(inputs)
         nodes.append(copy)

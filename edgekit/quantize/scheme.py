@@ -3,21 +3,43 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy
+
+# Scale and zero point: an integer q stands for (q - zero point) * scale. Signed integers have an int8 zero point.
+Grid = tuple[numpy.float32, int | numpy.integer]
+
 
 @dataclass(frozen=True)
 class Format:
-    """How one kind of tensor is stored."""
+    """How one kind of tensor is stored. Of `bits` there is one choice yet, 8."""
 
     bits: int
     signed: bool
     symmetric: bool
     granularity: Literal["tensor", "channel"]
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The smallest and the largest integer; symmetric signed ones leave -128 out, as TensorRT does."""
+        if not self.signed:
+            return 0, 255
+        return (-127 if self.symmetric else -128), 127
+
+    def grid(self, low: float, high: float) -> Grid:
+        """The grid over [low, high], which is widened to hold zero: zero has an integer of its own."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        least, most = self.ends
+        kind = numpy.int8 if self.signed else numpy.uint8
+        if self.symmetric:
+            return numpy.float32(max(-low, high) / 127) or numpy.float32(1), kind(0 if self.signed else 128)
+        scale = numpy.float32((high - low) / (most - least)) or numpy.float32(1)
+        return scale, kind(numpy.clip(least + round(-low / float(scale)), least, most))
+
 
 @dataclass(frozen=True)
 class Scheme:
-    """weights, activations: how they are stored. cannot_saturate: dense weights keep to [-64, 64], so that no sum of
-    two products with an unsigned 8-bit activation leaves 16 bits (255 * 64 * 2 < 2^15)."""
+    """weights, activations: how they are stored. cannot_saturate: dense weights are such that no sum of two products
+    with an unsigned 8-bit activation leaves 16 bits, however Settings.weights chooses among such weights."""
 
     name: str
     weights: Format
@@ -36,4 +58,8 @@ class Scheme:
 SCHEMES: dict[str, Scheme] = {
     # ONNX Runtime on x86 gains nothing from signed activations, and its older kernels clip sums of two products.
     "x86": Scheme("x86", Format(8, True, True, "channel"), Format(8, False, False, "tensor"), cannot_saturate=True),
+    # TensorRT and XNNPACK take zero points of 0 alone, and sum in 32 bits.
+    "symmetric": Scheme(
+        "symmetric", Format(8, True, True, "channel"), Format(8, True, True, "tensor"), cannot_saturate=False
+    ),
 }

@@ -8,7 +8,7 @@ on ARM. So a sum next to the middle between two integers falls up on one process
 
 import numpy
 
-Grid = tuple[numpy.float32, int | numpy.integer]  # scale, zero point of unsigned 8-bit integers
+from edgekit.quantize.scheme import Grid
 
 # One rounding of a number between 128 and 256 errs by 2**-17 at most; a kernel makes four or five of them, most of them
 # of smaller numbers.
@@ -32,7 +32,11 @@ def distance(a: Grid, b: Grid, made: Grid) -> float:
     """How near the nearest sum of two integers comes to the middle between two integers of `made`, at most 1/2."""
     left, right = (numpy.float64(numpy.float32(grid[0] / made[0])) for grid in (a, b))
     values = numpy.arange(256.0)
-    sums = left * (values - a[1])[:, None] + right * (values - b[1]) + made[1]
+    # Signed integers count from -128: moved, they are the same grid.
+    first, second, zero = (
+        int(grid[1]) + 128 * (getattr(grid[1], "dtype", None) == numpy.int8) for grid in (a, b, made)
+    )
+    sums = left * (values - first)[:, None] + right * (values - second) + zero
     middles = numpy.floor(sums) + 0.5
     inside = (middles > 0) & (middles < 255)  # beyond, either way is cut to the same end
     return float(numpy.abs(sums - middles)[inside].min(initial=0.5))
