@@ -90,16 +90,44 @@ def export(
         str | None, typer.Option(help="Part of the artifact's name, to keep several side by side.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact of the same name.")] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="With --int8: what quantizing each layer alone costs.")
+    ] = False,
+    robust_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS", min=0, max=100, help="With --int8: the robust accuracy that may be lost on validation."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write deployable files, each opened again and compared with the student."""
     from edgekit.exporter import export as work
 
-    result = work(run, int8=int8, fp16=fp16, formats=format.split(",") if format else None, label=label, force=force)
+    result = work(
+        run,
+        int8=int8,
+        fp16=fp16,
+        formats=format.split(",") if format else None,
+        label=label,
+        force=force,
+        sensitivity=sensitivity,
+        robust_drop=None if robust_drop is None else robust_drop / 100,
+    )
+    searched = [one["robust_drop"] for one in result["artifacts"] if "robust_drop" in one]
     if json:
         _print_json(result)
-        return
-    say(f"Next: edgekit verify{'' if run is None else f' {run}'} --attack pgd20")
+    else:
+        from edgekit.report import layers, tries
+
+        for measured in (one["sensitivity"] for one in result["artifacts"] if "sensitivity" in one):
+            _print(layers.to_table(measured))
+            say(layers.note(measured))
+        for record in searched:
+            _print(tries.to_table(record))
+            say(tries.closing(record))
+        say(f"Next: edgekit verify{'' if run is None else f' {run}'} --attack pgd20")
+    raise typer.Exit(0 if all(record["held"] for record in searched) else 1)
 
 
 @app.command()

@@ -1,31 +1,39 @@
 """Student + formats -> artifacts, each opened again in its own runtime and compared before it is called written."""
 
 import contextlib
+import copy
 import importlib.metadata
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress, TaskID
 from torch import Tensor
 
 import edgekit
 from edgekit import artifact as artifacts
 from edgekit import data, judge, machine, models, quantize, runs
 from edgekit.artifact import Artifact
+from edgekit.assignment import attackable
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
+from edgekit.data import Split
 from edgekit.errors import EdgekitError, choose
 from edgekit.files import sha256, write_json, writing_folder
 from edgekit.formats import FORMATS, onnx
+from edgekit.machine import interleaved
 from edgekit.models import Network
-from edgekit.recipe import read
+from edgekit.quantize import ladder
+from edgekit.quantize.ladder import Found, Kept, Material
+from edgekit.recipe import Recipe, read
+from edgekit.report import layers
 from edgekit.runs import Run
+from edgekit.verdict import to_dict
 
 DEFAULT_FORMATS = ("onnx", "torchscript")
 # What a format can be written in; further ones come with their own modules.
@@ -57,6 +65,8 @@ def export(
     formats: str | Sequence[str] | None = None,
     label: str | None = None,
     force: bool = False,
+    sensitivity: bool = False,
+    robust_drop: float | None = None,
 ) -> dict[str, Any]:
     """Write the deployable files of a run's student into its artifacts/ folder.
 
@@ -67,22 +77,33 @@ def export(
         formats: names of FORMATS, also as one string with commas; "all" is every one of them.
         label: the last part of the artifacts' names.
         force: replace what stands under the same name.
+        sensitivity: measure what quantizing each layer alone costs, on validation images: sensitivity.json and
+            sensitivity.png in the int8 artifact's folder.
+        robust_drop: the loss of robust accuracy on validation images, a fraction, that the int8 file may have: of the
+            tries of quantize/ladder.py the first that keeps to it is written, else the best of them.
     Returns:
         {"run", "artifacts": [{"name", "written", artifact.json's content…}], "latency": […]}: what `--json` prints;
-            `latency` (int8 against fp32) only where a file was written.
+            `latency` (int8 against fp32) only where a file was written; `sensitivity` in the int8 artifact where it was
+            asked for; the `held` of its `robust_drop` says whether that budget was kept.
     Raises:
         EdgekitError: no finished run, a format or precision that is not there, another artifact under the same name,
             or a file that does not answer as the student does.
     """
     jobs = _jobs(formats, int8, fp16, label)
+    _asked(int8, sensitivity, robust_drop)
     place = runs.find(run)
     torch.set_flush_denormal(True)
     made_from = _made_from(place)
     recipe = read(place.recipe_file)
     student = models.load(place.student, factory=recipe.student.architecture)
-    standing = [_standing(place.artifacts / job.name, made_from, job, force) for job in jobs]
+    standing = [_standing(place.artifacts / job.name, made_from, job, force, robust_drop) for job in jobs]
+    unmeasured = sensitivity and any(
+        job.precision == "int8" and not (place.artifacts / job.name / layers.FILE).is_file() for job in jobs
+    )
     compared = calibration = torch.empty(0)
-    if not all(standing):  # reading the data may take a while; where nothing is to be written nobody waits for it
+    chosen: Split | None = None
+    # Reading the data may take a while; where nothing is to be written nobody waits for it.
+    if not all(standing) or unmeasured:
         dataset = data.load(recipe.data)
         if dataset.sha256 != made_from["data_sha256"]:
             raise EdgekitError(
@@ -98,12 +119,21 @@ def export(
         for job, there in zip(jobs, standing, strict=True):
             bar.update(task, note=job.name)
             folder = place.artifacts / job.name
-            if there:
-                say(f"{job.name}: already there")
-            else:
-                _write(job, folder, student, made_from, compared, calibration)
+            with Kept(place.folder / f".{job.name}.search.json") as kept:
+                material = found = None
+                if chosen is not None and job.precision == "int8" and (sensitivity or robust_drop is not None):
+                    note = partial(_note, bar, task, job.name)
+                    material = _material(student, recipe, calibration, chosen, kept, note)
+                if there:
+                    say(f"{job.name}: already there")
+                else:
+                    if material is not None and robust_drop is not None:
+                        full = artifacts.load(place.artifacts / Job(job.format, "fp32", label).name).path
+                        found = ladder.search(material, robust_drop, full, _metadata(student, made_from))
+                    _write(job, folder, student, made_from, compared, calibration, found)
+                more = _layers(folder, material, asked=sensitivity and job.precision == "int8")
             written = artifacts.load(folder)
-            reports.append({"name": job.name, "written": not there, **written.record})
+            reports.append({"name": job.name, "written": not there, **written.record, **more})
             if not there:
                 _tell(written)
             bar.advance(task)
@@ -112,6 +142,14 @@ def export(
     if len(compared) and pairs:
         result["latency"] = [_compare_latency(place, low, full, compared) for low, full in pairs]
     return result
+
+
+def _asked(int8: bool, sensitivity: bool, robust_drop: float | None) -> None:
+    for option, asked in (("--sensitivity", sensitivity), ("--robust-drop", robust_drop is not None)):
+        if asked and not int8:
+            raise EdgekitError("is about an int8 file", where=option, mend="Add --int8")
+    if robust_drop is not None and not 0 <= robust_drop <= 1:
+        raise EdgekitError(f"should be between 0 and 100 points, not {100 * robust_drop:g}", where="--robust-drop")
 
 
 def _jobs(formats: str | Sequence[str] | None, int8: bool, fp16: bool, label: str | None) -> list[Job]:
@@ -162,7 +200,7 @@ def _made_from(run: Run) -> dict[str, Any]:
         ) from None
 
 
-def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool) -> bool:
+def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool, robust_drop: float | None = None) -> bool:
     """Whether this very artifact is there already; another one under its name is refused."""
     if force or not folder.exists():
         return False
@@ -173,7 +211,9 @@ def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool) ->
     there = artifacts.load(folder).record
     scheme = quantize.SCHEMES["x86"].record() if job.precision == "int8" else None
     made = {"made_from": made_from, "edgekit": edgekit.__version__, "scheme": scheme}
-    if any(there.get(key) != value for key, value in made.items()):
+    allowed = there.get("robust_drop", {}).get("allowed")
+    searched = job.precision == "int8" and allowed != robust_drop
+    if searched or any(there.get(key) != value for key, value in made.items()):
         raise EdgekitError(
             "another artifact has this name", where=folder, mend="Use --label to keep both, or --force to replace it"
         )
@@ -181,24 +221,16 @@ def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool) ->
 
 
 def _write(
-    job: Job, folder: Path, student: Network, made_from: dict[str, Any], compared: Tensor, calibration: Tensor
+    job: Job,
+    folder: Path,
+    student: Network,
+    made_from: dict[str, Any],
+    compared: Tensor,
+    calibration: Tensor,
+    found: Found | None = None,
 ) -> None:
-    channels, height, width = student.input_shape
-    described = {
-        "shape": [None, channels, height, width],
-        "layout": "NCHW",
-        "range": [0, 1],
-        "normalization": "inside",
-        "resize": [height, width],
-        "crop": None,
-    }
-    metadata = {
-        "edgekit": edgekit.__version__,
-        "classes": json.dumps(student.classes),
-        "input": json.dumps(described),
-        "outputs": "logits",
-        "student_sha256": made_from["student_sha256"],
-    }
+    """Write one artifact; `found` is the int8 graph that a search has kept."""
+    metadata = _metadata(student, made_from)
     record: dict[str, Any] = {
         "schema": artifacts.SCHEMA,
         "edgekit": edgekit.__version__,
@@ -208,7 +240,7 @@ def _write(
     with writing_folder(folder) as part:
         if job.precision == "int8":
             scheme = quantize.SCHEMES["x86"]
-            made = quantize.quantize(onnx.lower(student), calibration, scheme)
+            made = found.made if found else quantize.quantize(onnx.lower(student), calibration, scheme)
             pairs = quantize.unsafe_pairs(made.model)
             if not pairs:  # a proof about no layer at all proves nothing
                 raise EdgekitError("no layer of this student could be quantized", where=job.name)
@@ -219,12 +251,13 @@ def _write(
                 )
             onnx.write_model(made.model, part, metadata)
             record |= {"scheme": scheme.record(), "calibration": made.calibration, "in_float": made.in_float}
+            record |= {"robust_drop": found.record()} if found else {}
         else:
             FORMATS[job.format].write(student, part, metadata)
         paths = sorted(part.iterdir())
         record |= {
             "files": [{"path": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths],
-            "input": described,
+            "input": _described(student),
             "outputs": "logits",
             "classes": list(student.classes),
             "made_from": made_from,
@@ -244,6 +277,59 @@ def _write(
                     "the int8 file answers differently under saturating and exact arithmetic", where=job.name
                 )
         write_json(part / "artifact.json", record)
+
+
+def _described(student: Network) -> dict[str, Any]:
+    """The `input` of artifact.json."""
+    channels, height, width = student.input_shape
+    return {
+        "shape": [None, channels, height, width],
+        "layout": "NCHW",
+        "range": [0, 1],
+        "normalization": "inside",
+        "resize": [height, width],
+        "crop": None,
+    }
+
+
+def _metadata(student: Network, made_from: dict[str, Any]) -> dict[str, str]:
+    """What the file itself says."""
+    return {
+        "edgekit": edgekit.__version__,
+        "classes": json.dumps(student.classes),
+        "input": json.dumps(_described(student)),
+        "outputs": "logits",
+        "student_sha256": made_from["student_sha256"],
+    }
+
+
+def _material(
+    student: Network, recipe: Recipe, calibration: Tensor, chosen: Split, kept: Kept, note: Callable[[str], None]
+) -> Material:
+    """What int8 files of the student are made of and measured with."""
+    network = attackable(copy.deepcopy(student))
+    about = (onnx.lower(student), calibration, quantize.SCHEMES["x86"], quantize.Settings())
+    return Material(*about, network, chosen, recipe.inner.epsilon, kept, note)
+
+
+def _note(bar: Progress, task: TaskID, job: str, text: str) -> None:
+    bar.update(task, note=f"{job}: {text}")
+
+
+def _layers(folder: Path, material: Material | None, *, asked: bool) -> dict[str, Any]:
+    """sensitivity.json and sensitivity.png beside an int8 file, where asked for or where a search has measured it."""
+    path = folder / layers.FILE
+    if material is not None and (asked or material.measured) and not path.is_file():
+        document = to_dict(material.sensitivity)
+        layers.draw(document, path.with_suffix(".png"))
+        write_json(path, document)
+        say(f"{folder.name}: what each layer costs stands in {path.name} and {path.stem}.png beside the file")
+    if not asked:
+        return {}
+    try:
+        return {"sensitivity": json.loads(path.read_text(encoding="utf-8"))}
+    except ValueError:
+        raise EdgekitError("not valid JSON", where=path, mend="Remove it") from None
 
 
 def _against(expected: Tensor, answered: Tensor, job: Job, file: str) -> dict[str, Any]:
@@ -276,18 +362,6 @@ def _tell(written: Artifact) -> None:
         # Where this processor never sums in 16 bits, the default and the precise session are one arithmetic.
         measured = "; both arithmetics gave the same answers here" if machine.saturates() else ""
         say(f"{written.name}: no pair of weights can saturate 16 bits{measured}")
-
-
-def interleaved(works: Sequence[Callable[[], object]], repetitions: int = 15) -> list[float]:
-    """Median seconds of each piece of work, run in turn so that a drifting machine slows all alike."""
-    seconds: list[list[float]] = [[] for _ in works]
-    for round in range(repetitions + 2):
-        for times, work in zip(seconds, works, strict=True):
-            begin = time.perf_counter()
-            work()
-            if round >= 2:  # the first rounds warm caches and memory pools up
-                times.append(time.perf_counter() - begin)
-    return [statistics.median(times) for times in seconds]
 
 
 def _compare_latency(run: Run, low: Job, full: Job, images: Tensor) -> dict[str, Any]:
