@@ -144,9 +144,13 @@ def post_training(material: Material) -> Iterator[Rung]:
 
 
 def sensitive_in_float(material: Material) -> Iterator[Rung]:
-    """The 1, 2, 4, 8 … most sensitive layers in float, up to half of all: beyond that little is int8 any more."""
-    already = material.settings.in_float
-    order = [name for name in material.sensitivity.order if name not in already]
+    """The 1, 2, 4, 8 … most sensitive layers in float, up to half of all: beyond that little is int8 any more.
+
+    Only layers with weights: what a float layer reads and hands on is rounded to eight bits by its integer neighbours,
+    so that an addition or an average in float between them would be slower and no better.
+    """
+    already, constants = material.settings.in_float, {tensor.name for tensor in material.model.graph.initializer}
+    order = [name for name in material.sensitivity.order if name not in already and f"{name}.weight" in constants]
     count = 1
     while count <= len(order) // 2:
         name = f"{count} layer{'s' if count > 1 else ''} in float"
