@@ -12,8 +12,7 @@ from edgekit.models import Network
 from edgekit.recipe import read
 
 FACTORY = f"{__name__}:small"
-# The layers that `layers` of the graph finds, in its order: two convolutions, an average over pixels, a dense one.
-FIRST, SECOND, DENSE = "body.0", "body.3", "body.8"
+SECOND, DENSE = "body.3", "body.8"  # layers that can be planted; "body.0" and "mean_1" are the others
 
 
 def small(classes: int, channels: int) -> nn.Module:
@@ -26,25 +25,22 @@ def small(classes: int, channels: int) -> nn.Module:
 
 
 def plant(network: Network, *layers: str) -> None:
-    """Spoil `layers` for integers: the network's own answers do not change by a bit of importance."""
-    first, normal, _, second, then, _, _, _, dense = network.body.children()  # pyright: ignore
+    """Spoil `layers` for integers; the network's own answers stay as if their first input channel were missing."""
+    modules = dict(network.named_modules())
     with torch.no_grad():
-        for layer, before, weights in ((SECOND, normal, second.weight), (DENSE, then, dense.weight)):
+        for layer, normalization in ((SECOND, "body.1"), (DENSE, "body.4")):
             if layer in layers:
-                before.weight[0], before.bias[0] = 0, -1  # off, whatever the image
-                weights[:, 0] = 100  # each output's scale is this weight's now, and the others round to nothing
-        if FIRST in layers:
-            # A filter of one huge weight pair that cancels on images whose two border columns are alike.
-            first.weight[:, :, :, :] *= 1
+                modules[normalization].weight[0], modules[normalization].bias[0] = 0, -1  # pyright: ignore
+                # The scale of every output is now this weight's, and the others round to nothing.
+                modules[layer].weight[:, 0] = 100  # pyright: ignore
 
 
 def make(folder: Path, *planted: str) -> runs.Run:
     """A finished run on the digits in `folder`, as distill leaves one; `planted` layers cannot bear eight bits."""
     run = runs.Run(folder)
     folder.mkdir(parents=True)
-    run.recipe_file.write_text(
-        TINY.replace('architecture = "mobilenetv2"\nwidth = 0.25', f'architecture = "{FACTORY}"')
-    )
+    student = f'architecture = "{FACTORY}"'
+    run.recipe_file.write_text(TINY.replace('architecture = "mobilenetv2"\nwidth = 0.25', student))
     recipe = read(run.recipe_file)
     dataset = data.load(recipe.data)
     network = models.build(recipe.student, dataset.classes, dataset.input_shape, *dataset.statistics(), 0)
