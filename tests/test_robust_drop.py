@@ -22,6 +22,7 @@ from edgekit import artifact, data, models, quantize, runs, statistics, twin
 from edgekit.assignment import attackable
 from edgekit.attacks import parse
 from edgekit.attacks.campaign import confront
+from edgekit.classifier import Wrapped
 from edgekit.cli import app
 from edgekit.errors import EdgekitError
 from edgekit.exporter import export
@@ -151,6 +152,16 @@ def test_costs_are_those_of_a_file_with_that_layer_alone_in_int8(one: Made, tmp_
     assert all(abs(cost.robust.value) < 0.05 for cost in measured.layers[1:])
     errors = [cost.logit_error for cost in measured.layers]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_a_sample_is_robust_that_no_iterate_fools():
+    """Sample i falls on iterate i alone, sample 3 on none, and sample 4 was wrong when clean."""
+    scores = torch.tensor([[1.0, 0.0]]).repeat(3, 5, 1)
+    for number in range(3):
+        scores[number, number] = torch.tensor([0.0, 1.0])
+    right = torch.tensor([True, True, True, True, False])
+    withstood = sensitivity.withstood(Wrapped(lambda x: x, differentiable=False), right, list(scores), torch.zeros(5))
+    assert withstood.tolist() == [False, False, False, True, False]
 
 
 def test_the_drop_is_the_paired_change_that_verify_reports(one: Made, tmp_path: Path):
