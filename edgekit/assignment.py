@@ -79,7 +79,7 @@ def _of_run(
     split = dataset.test[stratified(dataset.test.labels, samples or SAMPLES, seed)]
     _few(split, samples)
     threads = min(run.info().get("threads", 1), machine.cores())
-    student = _attackable(models.load(run.student, factory=recipe.student.architecture))
+    student = attackable(models.load(run.student, factory=recipe.student.architecture))
     return Assignment(
         entries=[
             Entry(_about(run, one), partial(_subject, run, one, threads, 1 / len(student.classes), on, local=local))
@@ -206,7 +206,7 @@ def _of_script(
     )
 
 
-def _attackable(network: Network) -> Network:
+def attackable(network: Network) -> Network:
     """The same answers in less time: no gradients of weights, no batch normalization, and the layout that halves the
     time of a convolution's two passes on a CPU."""
     return fold(network.requires_grad_(False).to(memory_format=torch.channels_last))
@@ -223,7 +223,7 @@ def surrogate(path: Path, assignment: Assignment) -> dict[str, Classifier]:
     A file called float.onnx must not take the place of the float student, nor twin.onnx that of the twin.
     """
     if path.suffix == ".safetensors":
-        network = _attackable(models.load(path))
+        network = attackable(models.load(path))
     else:
         model = foreign.read(path)
         port = foreign.port(path, model, Said())

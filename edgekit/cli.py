@@ -93,17 +93,45 @@ def export(
     ptq: Annotated[
         str, typer.Option(help="tuned: int8 settings chosen on validation images; plain: min-max ranges.")
     ] = "tuned",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="With --int8: what quantizing each layer alone costs.")
+    ] = False,
+    robust_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS", min=0, max=100, help="With --int8: the robust accuracy that may be lost on validation."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write deployable files, each opened again and compared with the student."""
     from edgekit.exporter import export as work
 
-    formats = format.split(",") if format else None
-    result = work(run, int8=int8, fp16=fp16, formats=formats, label=label, force=force, ptq=ptq)
+    result = work(
+        run,
+        int8=int8,
+        fp16=fp16,
+        formats=format.split(",") if format else None,
+        label=label,
+        force=force,
+        ptq=ptq,
+        sensitivity=sensitivity,
+        robust_drop=None if robust_drop is None else robust_drop / 100,
+    )
+    searched = [one["robust_drop"] for one in result["artifacts"] if "robust_drop" in one]
     if json:
         _print_json(result)
-        return
-    say(f"Next: edgekit verify{'' if run is None else f' {run}'} --attack pgd20")
+    else:
+        from edgekit.report import layers, tries
+
+        for measured in (one["sensitivity"] for one in result["artifacts"] if "sensitivity" in one):
+            _print(layers.to_table(measured))
+            say(layers.note(measured))
+        for record in searched:
+            _print(tries.to_table(record))
+            say(tries.closing(record))
+        say(f"Next: edgekit verify{'' if run is None else f' {run}'} --attack pgd20")
+    raise typer.Exit(0 if all(record["held"] for record in searched) else 1)
 
 
 @app.command()

@@ -2,35 +2,47 @@
 
 import contextlib
 import copy
-import functools
 import importlib.metadata
 import json
 import platform
-import statistics
-import time
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.progress import Progress, TaskID
 from torch import Tensor
 
 import edgekit
 from edgekit import artifact as artifacts
 from edgekit import data, judge, machine, models, quantize, runs
 from edgekit.artifact import Artifact
-from edgekit.attacks.losses import cross_entropy
+from edgekit.assignment import attackable
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
+from edgekit.data import Dataset, Split
 from edgekit.errors import EdgekitError, choose
 from edgekit.files import sha256, write_json, writing_folder
 from edgekit.formats import FORMATS, onnx
-from edgekit.methods.inner import Inner
+from edgekit.machine import interleaved
 from edgekit.models import Network
-from edgekit.randomness import derive
-from edgekit.recipe import read
+from edgekit.quantize import ladder
+from edgekit.quantize.ladder import Kept, Material
+from edgekit.quantize.start import PTQ, Start
+from edgekit.recipe import Recipe, read, split_override
+from edgekit.report import layers
 from edgekit.runs import Run
+from edgekit.verdict import to_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from onnx import ModelProto
+
+    from edgekit.quantize.qat import Learnt
 
 DEFAULT_FORMATS = ("onnx", "torchscript")
 # What a format can be written in; further ones come with their own modules.
@@ -38,19 +50,18 @@ PRECISIONS = {"onnx": ("fp32", "int8"), "torchscript": ("fp32",)}
 # Names that CLI.md fixes for formats yet to come: whoever types one has misspelt nothing.
 LATER = ("tensorrt", "executorch", "litert", "openvino", "ncnn", "coreml")
 COMPARED = 1000  # validation images at most
-# How the settings of an int8 file come about: by a choice among candidates, or min-max ranges and nothing else.
-PTQ = ("tuned", "plain")
-MEASURED, ATTACKED, STEPS = 400, 128, 20  # of the choice: validation images, adversarial calibration images, PGD steps
 AGREES = 0.99  # an fp32 file that decides otherwise on more than 1 % of the images is not the student
 
 
 @dataclass(frozen=True)
 class Job:
-    """One artifact to be written."""
+    """One artifact to be written; a `trained` one goes on training (quantize/qat.py), in fp32 as the int8 one's
+    control."""
 
     format: str
     precision: str
     label: str | None
+    trained: bool = False
 
     @property
     def name(self) -> str:
@@ -63,9 +74,14 @@ def export(
     int8: bool = False,
     fp16: bool = False,
     formats: str | Sequence[str] | None = None,
+    ptq: str = "tuned",
+    sensitivity: bool = False,
+    robust_drop: float | None = None,
+    qat: bool = False,
+    qat_control: bool = False,
+    overrides: str | Sequence[str] = (),
     label: str | None = None,
     force: bool = False,
-    ptq: str = "tuned",
 ) -> dict[str, Any]:
     """Write the deployable files of a run's student into its artifacts/ folder.
 
@@ -74,36 +90,61 @@ def export(
         int8: with `formats`, this precision is added to fp32 in every format named; without, onnx-int8 is added.
         fp16: refused: no format of this version writes it.
         formats: names of FORMATS, also as one string with commas; "all" is every one of them.
+        ptq: "tuned": int8 files get the settings that cost least on validation images; "plain": min-max ranges.
+        sensitivity: measure what quantizing each layer alone costs, on validation images: sensitivity.json and
+            sensitivity.png in the int8 artifact's folder.
+        robust_drop: the loss of robust accuracy on validation images, a fraction, that the int8 file may have: of the
+            tries of quantize/ladder.py the first that keeps to it is written, else the best of them.
+        qat: train the int8 file further (quantize/qat.py), under the label "qat" where no other is given; what was
+            interrupted continues. With `robust_drop` it is the last of the tries.
+        qat_control: train the float student in the same way too, for comparison: onnx-fp32-<label>.control.
+        overrides: of the recipe's table [qat], such as "qat.epochs=4".
         label: the last part of the artifacts' names.
         force: replace what stands under the same name.
-        ptq: "tuned": int8 files get the settings that cost least on validation images; "plain": min-max ranges.
     Returns:
         {"run", "artifacts": [{"name", "written", artifact.json's content…}], "latency": […]}: what `--json` prints;
-            `latency` (int8 against fp32) only where a file was written.
+            `latency` (int8 against fp32) only where a file was written; `sensitivity` in the int8 artifact where it was
+            asked for; the `held` of its `robust_drop` says whether that budget was kept.
     Raises:
         EdgekitError: no finished run, a format or precision that is not there, another artifact under the same name,
             or a file that does not answer as the student does.
+        KeyboardInterrupt: training was interrupted; after one line that says how to continue.
     """
     jobs = _jobs(formats, int8, fp16, label)
+    listed = (overrides,) if isinstance(overrides, str) else tuple(overrides)
+    _asked(int8, sensitivity, robust_drop)
     choose(dict.fromkeys(PTQ, ptq), ptq, "quantization", where="--ptq")
+    if qat:
+        jobs = _trained(jobs, label, control=qat_control)
+    elif qat_control or listed:
+        raise EdgekitError("says how --qat trains", where=_option(qat_control, listed), mend="Add --qat")
     place = runs.find(run)
     torch.set_flush_denormal(True)
     made_from = _made_from(place)
-    recipe = read(place.recipe_file)
+    recipe = read(place.recipe_file, listed)
+    if wrong := [override for override in listed if split_override(override)[0][0] != "qat"]:
+        raise EdgekitError(
+            "the student is trained already; only keys of the table [qat] can be set", where=f"--set {wrong[0]}"
+        )
     student = models.load(place.student, factory=recipe.student.architecture)
-    standing = [_standing(place.artifacts / job.name, made_from, job, force, ptq) for job in jobs]
-    compared, tune, calibration = torch.empty(0), None, torch.empty(0)
-    if not all(standing):  # reading the data may take a while; where nothing is to be written nobody waits for it
+    order = Order(place, made_from, recipe, student, ptq, robust_drop, qat, listed, force)
+    standing = [_standing(place.artifacts / job.name, order, job) for job in jobs]
+    unmeasured = sensitivity and any(
+        job.precision == "int8" and not (place.artifacts / job.name / layers.FILE).is_file() for job in jobs
+    )
+    compared = torch.empty(0)
+    stock: Stock | None = None
+    # Reading the data may take a while; where nothing is to be written nobody waits for it.
+    if not all(standing) or unmeasured:
         dataset = data.load(recipe.data)
         if dataset.sha256 != made_from["data_sha256"]:
             raise EdgekitError(
                 "the data has changed since the student was trained", where=dataset.name, mend="Train again"
             )
-        chosen = dataset.validation[data.stratified(dataset.validation.labels, COMPARED, 0)]
-        compared, calibration = chosen.floats(), dataset.calibration.floats()
-        if ptq == "tuned":
-            tune = functools.partial(_evidence, student, dataset, recipe.inner.epsilon)
+        stock = Stock(order, dataset)
+        compared = stock.chosen.floats()
     reports = []
+    floats = {job.format: job for job in jobs if job.precision == "fp32" and not job.trained}
     with contextlib.ExitStack() as after, progress() as bar:
         after.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(place.info().get("threads", 1))
@@ -111,20 +152,35 @@ def export(
         for job, there in zip(jobs, standing, strict=True):
             bar.update(task, note=job.name)
             folder = place.artifacts / job.name
-            if there:
-                say(f"{job.name}: already there")
-            else:
-                _write(job, folder, student, made_from, compared, calibration, tune)
+            with Kept(place.folder / f".{job.name}.search.json") as kept:
+                material = made = None
+                if stock is not None and job.precision == "int8" and (sensitivity or robust_drop is not None):
+                    material = stock.material(kept, partial(_note, bar, task, job.name))
+                if there:
+                    say(f"{job.name}: already there")
+                elif stock is not None:
+                    full = place.artifacts / floats[job.format].name if job.format in floats else None
+                    made = stock.make(job, material, full)
+                    _write(job, folder, order, compared, made)
+                more = _layers(folder, material, asked=sensitivity and job.precision == "int8")
             written = artifacts.load(folder)
-            reports.append({"name": job.name, "written": not there, **written.record})
+            reports.append({"name": job.name, "written": not there, **written.record, **more})
             if not there:
                 _tell(written)
             bar.advance(task)
     result: dict[str, Any] = {"run": str(place.folder), "artifacts": reports}
-    pairs = [(job, Job(job.format, "fp32", label)) for job in jobs if job.precision == "int8"]
+    pairs = [(job, floats[job.format]) for job in jobs if job.precision == "int8"]
     if len(compared) and pairs:
         result["latency"] = [_compare_latency(place, low, full, compared) for low, full in pairs]
     return result
+
+
+def _asked(int8: bool, sensitivity: bool, robust_drop: float | None) -> None:
+    for option, asked in (("--sensitivity", sensitivity), ("--robust-drop", robust_drop is not None)):
+        if asked and not int8:
+            raise EdgekitError("is about an int8 file", where=option, mend="Add --int8")
+    if robust_drop is not None and not 0 <= robust_drop <= 1:
+        raise EdgekitError(f"should be between 0 and 100 points, not {100 * robust_drop:g}", where="--robust-drop")
 
 
 def _jobs(formats: str | Sequence[str] | None, int8: bool, fp16: bool, label: str | None) -> list[Job]:
@@ -155,6 +211,19 @@ def _jobs(formats: str | Sequence[str] | None, int8: bool, fp16: bool, label: st
     return [Job(name, precision, label) for name in names for precision in wanted]
 
 
+def _trained(jobs: Sequence[Job], label: str | None, *, control: bool) -> list[Job]:
+    """The same with every int8 file trained, and its control beside it."""
+    if not any(job.precision == "int8" for job in jobs):
+        raise EdgekitError("what it trains is an int8 file", where="--qat", mend="Add --int8")
+    name = label or "qat"
+    made = [dataclasses.replace(job, label=name, trained=True) if job.precision == "int8" else job for job in jobs]
+    return [*made, Job("onnx", "fp32", f"{name}.control", trained=True)] if control else made
+
+
+def _option(control: bool, overrides: Sequence[str]) -> str:
+    return "--qat-control" if control else f"--set {overrides[0]}"
+
+
 def _made_from(run: Run) -> dict[str, Any]:
     info = run.info()
     if sha256(run.student) != info.get("student_sha256"):
@@ -175,9 +244,9 @@ def _made_from(run: Run) -> dict[str, Any]:
         ) from None
 
 
-def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool, ptq: str) -> bool:
+def _standing(folder: Path, order: "Order", job: Job) -> bool:
     """Whether this very artifact is there already; another one under its name is refused."""
-    if force or not folder.exists():
+    if order.force or not folder.exists():
         return False
     if not (folder / "artifact.json").exists():
         raise EdgekitError(
@@ -185,40 +254,154 @@ def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool, pt
         )
     there = artifacts.load(folder).record
     scheme = quantize.SCHEMES["x86"].record() if job.precision == "int8" else None
-    made = {"made_from": made_from, "edgekit": edgekit.__version__, "scheme": scheme}
-    other = job.precision == "int8" and there.get("calibration", {}).get("ptq", "plain") != ptq
-    if other or any(there.get(key) != value for key, value in made.items()):
+    same = [there.get("made_from") == order.made_from, there.get("edgekit") == edgekit.__version__]
+    same.append(there.get("scheme") == scheme)
+    if job.precision == "int8":
+        same.append(there["calibration"].get("ptq", "plain") == order.ptq)
+        same.append(there.get("robust_drop", {}).get("allowed") == order.robust_drop)
+    if order.robust_drop is None or job.precision == "fp32":  # a search may have come to an end before it trained
+        trained = {key: value for key, value in there.get("qat", {}).items() if key != "validation"}
+        same.append(trained == _qat_record(job, order.recipe))
+    if not all(same):
         raise EdgekitError(
             "another artifact has this name", where=folder, mend="Use --label to keep both, or --force to replace it"
         )
     return True
 
 
-def _write(
-    job: Job,
-    folder: Path,
-    student: Network,
-    made_from: dict[str, Any],
-    compared: Tensor,
-    calibration: Tensor,
-    tune: Callable[[], quantize.Evidence] | None,
-) -> None:
-    channels, height, width = student.input_shape
-    described = {
-        "shape": [None, channels, height, width],
-        "layout": "NCHW",
-        "range": [0, 1],
-        "normalization": "inside",
-        "resize": [height, width],
-        "crop": None,
-    }
-    metadata = {
-        "edgekit": edgekit.__version__,
-        "classes": json.dumps(student.classes),
-        "input": json.dumps(described),
-        "outputs": "logits",
-        "student_sha256": made_from["student_sha256"],
-    }
+def _qat_record(job: Job, recipe: Recipe) -> dict[str, Any]:
+    if not job.trained:
+        return {}
+    from edgekit.quantize import qat
+
+    return qat.asked(recipe, control=job.precision == "fp32")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for, of which run."""
+
+    place: Run
+    made_from: dict[str, Any]
+    recipe: Recipe
+    student: Network
+    ptq: str
+    robust_drop: float | None
+    qat: bool
+    overrides: Sequence[str]
+    force: bool
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What int8 graphs of the student are made of; each part is made when it is first needed, and once."""
+
+    order: Order
+    dataset: Dataset
+
+    @cached_property
+    def chosen(self) -> Split:
+        """The validation images that files are compared on."""
+        validation = self.dataset.validation
+        return validation[data.stratified(validation.labels, COMPARED, 0)]
+
+    @cached_property
+    def start(self) -> Start:
+        student, recipe = self.order.student, self.order.recipe
+        begin = PTQ[self.order.ptq]
+        return begin(onnx.lower(student), student, self.dataset, recipe.inner.epsilon, quantize.SCHEMES["x86"])
+
+    def material(self, kept: Kept, note: Callable[[str], None]) -> Material:
+        """What tries of a search are made of and measured with."""
+        start, network = self.start, attackable(copy.deepcopy(self.order.student))
+        about = (start.model, start.images, start.scheme, start.settings)
+        return Material(*about, network, self.chosen, self.order.recipe.inner.epsilon, kept, note)
+
+    def make(self, job: Job, material: Material | None, full: Path | None) -> "Made | None":
+        """The graph of a job, with what artifact.json says of it; None for the student as it is.
+
+        Args:
+            full: the fp32 artifact that a search holds its tries against.
+        """
+        if job.precision == "fp32":
+            return Made(learnt.model, {"qat": learnt.record}) if job.trained and (learnt := self._learn(job)) else None
+        more: dict[str, Any] = {}
+        if material is not None and full is not None and self.order.robust_drop is not None:
+            steps = (*ladder.STEPS, lambda _: self._last_step(job)) if self.order.qat else ladder.STEPS
+            about = (artifacts.load(full).path, _metadata(self.order.student, self.order.made_from))
+            found = ladder.search(material, self.order.robust_drop, *about, steps)
+            made, more = found.made, {"robust_drop": found.record()}
+        elif job.trained:
+            made = self._further(job)
+        else:
+            made = self.start.made
+        if made.trained is not None:
+            more["qat"] = made.trained
+        record = {
+            "scheme": self.start.scheme.record(),
+            "calibration": made.calibration | self.start.record,
+            "in_float": made.in_float,
+            "float_layers": made.float_layers,
+        }
+        return Made(quantize.slim(made.model), record | more)
+
+    def _last_step(self, job: Job) -> "Iterator[ladder.Rung]":
+        yield ladder.Rung("trained further", self.start.settings.in_float, partial(self._further, job))
+
+    def _further(self, job: Job) -> quantize.Quantized:
+        learnt = self._learn(job)
+        return replace(learnt.made, model=learnt.model, trained=learnt.record)
+
+    def _learn(self, job: Job) -> "Learnt":
+        """Train what the job is to hold, in runs/NAME/qat/LABEL, from where it was interrupted."""
+        from edgekit import train
+        from edgekit.quantize import qat
+
+        train.alone()
+        order, start = self.order, self.start
+        label = job.label or "qat"
+        try:
+            return qat.learn(
+                start.model,
+                order.student,
+                order.recipe,
+                self.dataset,
+                start.images,
+                start.scheme,
+                Run(order.place.folder / "qat" / label),
+                student_sha256=order.made_from["student_sha256"],
+                settings=start.settings,
+                control=job.precision == "fp32",
+                threads=order.place.info().get("threads", 1),
+                restart=order.force,
+            )
+        except KeyboardInterrupt:
+            say(f"Interrupted. Continue with: {_continue(order, label, control=job.precision == 'fp32')}")
+            raise
+
+
+def _continue(order: Order, label: str, *, control: bool) -> str:
+    """The command that goes on where training was interrupted."""
+    typed = ["edgekit", "export", str(order.place.folder), "--int8", "--qat"]
+    typed += ["--qat-control"] if control else []
+    typed += ["--ptq", order.ptq] if order.ptq != "tuned" else []
+    typed += ["--robust-drop", f"{100 * order.robust_drop:g}"] if order.robust_drop is not None else []
+    typed += [part for override in order.overrides for part in ("--set", override)]
+    label = label.removesuffix(".control")
+    typed += ["--label", label] if label != "qat" else []
+    return shlex.join([*typed, *(["--force"] if order.force else [])])
+
+
+@dataclass(frozen=True)
+class Made:
+    """A graph to be written as it is, and its part of artifact.json."""
+
+    model: "ModelProto"
+    record: dict[str, Any]
+
+
+def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | None) -> None:
+    student, metadata = order.student, _metadata(order.student, order.made_from)
     record: dict[str, Any] = {
         "schema": artifacts.SCHEMA,
         "edgekit": edgekit.__version__,
@@ -226,35 +409,22 @@ def _write(
         "precision": job.precision,
     }
     with writing_folder(folder) as part:
-        if job.precision == "int8":
-            scheme = quantize.SCHEMES["x86"]
-            made, settings = _quantized(job, student, scheme, calibration, tune)
-            model = quantize.slim(made.model)
-            pairs = quantize.unsafe_pairs(model)
-            if not pairs:  # a proof about no layer at all proves nothing
-                raise EdgekitError("no layer of this student could be quantized", where=job.name)
-            if unsafe := {name: count for name, count in pairs.items() if count}:
-                raise EdgekitError(
-                    f"{sum(unsafe.values())} weight pairs could saturate, the first in {next(iter(unsafe))}",
-                    where=job.name,
-                )
-            onnx.write_model(model, part, metadata)
-            record |= {
-                "scheme": scheme.record(),
-                "calibration": made.calibration | settings,
-                "in_float": made.in_float,
-                "float_layers": made.float_layers,
-                "operators": onnx.running(part / onnx.FILE),
-            }
+        if made is not None:
+            if job.precision == "int8":
+                _safe(made.model, job)
+            onnx.write_model(made.model, part, metadata)
+            record |= made.record
         else:
             FORMATS[job.format].write(student, part, metadata)
+        if job.precision == "int8":
+            record["operators"] = onnx.running(part / onnx.FILE)
         paths = sorted(part.iterdir())
         record |= {
             "files": [{"path": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths],
-            "input": described,
+            "input": _described(student),
             "outputs": "logits",
             "classes": list(student.classes),
-            "made_from": made_from,
+            "made_from": order.made_from,
             "versions": _versions(job.format),
         }
         expected = predict(student, compared)
@@ -273,55 +443,59 @@ def _write(
         write_json(part / "artifact.json", record)
 
 
-def _quantized(
-    job: Job,
-    student: Network,
-    scheme: quantize.Scheme,
-    calibration: Tensor,
-    tune: Callable[[], quantize.Evidence] | None,
-) -> tuple[quantize.Quantized, dict[str, Any]]:
-    """The int8 graph, and what artifact.json's `calibration` says of how its settings came about."""
-    lowered = onnx.lower(student)
-    if tune is None:
-        return quantize.quantize(lowered, calibration, scheme), {"ptq": "plain"}
-    evidence = tune()
-    made, measured = quantize.select(lowered, scheme, evidence)
-    taken = next(one for one in measured if one.settings.record().items() <= made.calibration.items())
-    clean, adversarial = (f"{100 * value:.1f} %" for value in taken.agreement)
-    say(
-        f"{job.name}: of {len(measured)} quantizations chosen: {taken.settings}; agrees with the student on {clean} "
-        f"of {len(evidence.clean)} validation images, on {adversarial} of them attacked (PGD-{STEPS} on the student)"
-    )
-    candidates = {"measured_on": len(evidence.clean), "candidates": [one.record() for one in measured]}
-    return made, {"ptq": "tuned", **candidates}
+def _safe(model: "ModelProto", job: Job) -> None:
+    """See that no pair of weights can saturate."""
+    pairs = quantize.unsafe_pairs(model)
+    if not pairs:  # a proof about no layer at all proves nothing
+        raise EdgekitError("no layer of this student could be quantized", where=job.name)
+    if unsafe := {name: count for name, count in pairs.items() if count}:
+        raise EdgekitError(
+            f"{sum(unsafe.values())} weight pairs could saturate, the first in {next(iter(unsafe))}", where=job.name
+        )
 
 
-def _evidence(student: Network, dataset: data.Dataset, epsilon: float) -> quantize.Evidence:
-    """What the choice rests on: no image of the test split."""
-    measured = dataset.validation[data.stratified(dataset.validation.labels, MEASURED, 0)]
-    attacked = dataset.calibration[data.stratified(dataset.calibration.labels, ATTACKED, 0)]
-    adversarial = _iterates(student, measured, epsilon)
-    return quantize.Evidence(
-        dataset.calibration.floats(),
-        _iterates(student, attacked, epsilon),
-        measured.floats(),
-        adversarial,
-        (predict(student, measured.floats()), predict(student, adversarial)),
-    )
+def _described(student: Network) -> dict[str, Any]:
+    """The `input` of artifact.json."""
+    channels, height, width = student.input_shape
+    return {
+        "shape": [None, channels, height, width],
+        "layout": "NCHW",
+        "range": [0, 1],
+        "normalization": "inside",
+        "resize": [height, width],
+        "crop": None,
+    }
 
 
-def _iterates(student: Network, split: data.Split, epsilon: float) -> Tensor:
-    """The last iterates of PGD on the float student, whether they fool it or not."""
-    attack, seeds = Inner(epsilon, epsilon / 4, STEPS), derive(0, samples=split.index)
-    # A copy: an attack is faster where channels lie together, and what is exported stays as it was.
-    attacked = copy.deepcopy(student).to(memory_format=torch.channels_last)  # pyright: ignore
-    parts = zip(split.floats().split(100), split.labels.split(100), seeds.split(100), strict=True)
-    return torch.cat(
-        [
-            attack(attacked, images, lambda logits, labels=labels: cross_entropy(logits, labels), drawn, spread=True)
-            for images, labels, drawn in parts
-        ]
-    )
+def _metadata(student: Network, made_from: dict[str, Any]) -> dict[str, str]:
+    """What the file itself says."""
+    return {
+        "edgekit": edgekit.__version__,
+        "classes": json.dumps(student.classes),
+        "input": json.dumps(_described(student)),
+        "outputs": "logits",
+        "student_sha256": made_from["student_sha256"],
+    }
+
+
+def _note(bar: Progress, task: TaskID, job: str, text: str) -> None:
+    bar.update(task, note=f"{job}: {text}")
+
+
+def _layers(folder: Path, material: Material | None, *, asked: bool) -> dict[str, Any]:
+    """sensitivity.json and sensitivity.png beside an int8 file, where asked for or where a search has measured it."""
+    path = folder / layers.FILE
+    if material is not None and (asked or material.measured) and not path.is_file():
+        document = to_dict(material.sensitivity)
+        layers.draw(document, path.with_suffix(".png"))
+        write_json(path, document)
+        say(f"{folder.name}: what each layer costs stands in {path.name} and {path.stem}.png beside the file")
+    if not asked:
+        return {}
+    try:
+        return {"sensitivity": json.loads(path.read_text(encoding="utf-8"))}
+    except ValueError:
+        raise EdgekitError("not valid JSON", where=path, mend="Remove it") from None
 
 
 def _against(expected: Tensor, answered: Tensor, job: Job, file: str) -> dict[str, Any]:
@@ -332,7 +506,7 @@ def _against(expected: Tensor, answered: Tensor, job: Job, file: str) -> dict[st
         )
     agreement = (answered.argmax(1) == expected.argmax(1)).double().mean().item()
     difference = (answered - expected).abs().max().item()
-    if job.precision == "fp32" and agreement < AGREES:
+    if job.precision == "fp32" and not job.trained and agreement < AGREES:
         raise EdgekitError(
             f"{file} agrees with the student on {100 * agreement:.1f} % of {len(expected)} images only", where=job.name
         )
@@ -350,28 +524,22 @@ def _tell(written: Artifact) -> None:
         f"{written.name}: {written.bytes / 1e6:.2f} MB; agrees with the student on {100 * against['agreement']:.1f} % "
         f"of {against['images']} validation images, logits differ by at most {against['max_abs_difference']:.2g}"
     )
-    if operators := written.record.get("operators"):
-        floats = ", ".join(f"{count} {kind}" for kind, count in operators["float"].items()) or "none"
-        say(f"{written.name}: ONNX Runtime runs {operators['int8']} operators on integers; in float: {floats}")
     for layer in written.record.get("float_layers", []):
         if layer["reason"] != quantize.BEFORE:
             say(f"{written.name}: {layer['layer']} ({layer['operator']}) stays float: {layer['reason']}")
+    if operators := written.record.get("operators"):
+        floats = ", ".join(f"{count} {kind}" for kind, count in operators["float"].items()) or "none"
+        say(f"{written.name}: ONNX Runtime runs {operators['int8']} operators on integers; in float: {floats}")
+    if trained := written.record.get("qat"):
+        best = trained["validation"]
+        say(
+            f"{written.name}: trained further, best after epoch {best['epoch']} of {trained['epochs']}: validation "
+            f"accuracy {100 * best['clean_accuracy']:.1f} % clean, {100 * best['robust_accuracy']:.1f} % under PGD"
+        )
     if "scheme" in written.record and written.record["scheme"]["cannot_saturate"]:
         # Where this processor never sums in 16 bits, the default and the precise session are one arithmetic.
         measured = "; both arithmetics gave the same answers here" if machine.saturates() else ""
         say(f"{written.name}: no pair of weights can saturate 16 bits{measured}")
-
-
-def interleaved(works: Sequence[Callable[[], object]], repetitions: int = 15) -> list[float]:
-    """Median seconds of each piece of work, run in turn so that a drifting machine slows all alike."""
-    seconds: list[list[float]] = [[] for _ in works]
-    for round in range(repetitions + 2):
-        for times, work in zip(seconds, works, strict=True):
-            begin = time.perf_counter()
-            work()
-            if round >= 2:  # the first rounds warm caches and memory pools up
-                times.append(time.perf_counter() - begin)
-    return [statistics.median(times) for times in seconds]
 
 
 def _compare_latency(run: Run, low: Job, full: Job, images: Tensor) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -176,3 +176,15 @@ def threads(key: str, work: Callable[[], object]) -> int:
         known[name] = next(count for count in candidates if statistics.median(seconds[count][1:]) <= 1.1 * best)
         write_json(place, known)
     return known[name]
+
+
+def interleaved(works: Sequence[Callable[[], object]], repetitions: int = 15) -> list[float]:
+    """Median seconds of each piece of work, run in turn so that a drifting machine slows all alike."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for round in range(repetitions + 2):
+        for times, work in zip(seconds, works, strict=True):
+            begin = time.perf_counter()
+            work()
+            if round >= 2:  # the first rounds warm caches and memory pools up
+                times.append(time.perf_counter() - begin)
+    return [statistics.median(times) for times in seconds]

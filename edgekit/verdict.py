@@ -592,7 +592,7 @@ def from_dict(document: Any, *, where: object = None) -> Verdict:
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise EdgekitError(f"not a verdict.json of schema {SCHEMA}", where=where)
     try:
-        verdict = _read(Verdict, document, "")
+        verdict = read_as(Verdict, document, "")
     except ValueError as error:
         raise EdgekitError(f"not a valid verdict.json: {error}", where=where) from None
     places = [place for one in verdict.artifacts if isinstance(one.judged_on, tuple) for place in one.judged_on]
@@ -602,24 +602,24 @@ def from_dict(document: Any, *, where: object = None) -> Verdict:
     return verdict
 
 
-def _read(kind: Any, value: Any, place: str) -> Any:
-    """`value` as the annotated type `kind`; ValueError names the place that does not fit."""
+def read_as(kind: Any, value: Any, place: str = "") -> Any:
+    """What `to_dict` made of a dataclass of these types, as one again; ValueError names the place that does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:  # X | None, and None is never written; X | tuple[Y, ...] where a list is one
         several = [one for one in arguments if typing.get_origin(one) is tuple]
-        return _read(several[0] if several and isinstance(value, list) else arguments[0], value, place)
+        return read_as(several[0] if several and isinstance(value, list) else arguments[0], value, place)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         fields = [field for field in dataclasses.fields(kind) if field.name in value]
         required = (field for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING)
         if missing := [field.name for field in required if field.name not in value]:
             raise ValueError(f"{place or 'it'} has no {missing[0]}")
-        read = {field.name: _read(hints[field.name], value[field.name], f"{place}.{field.name}") for field in fields}
+        read = {field.name: read_as(hints[field.name], value[field.name], f"{place}.{field.name}") for field in fields}
         return typing.cast(Any, kind)(**read)
     if origin is tuple and isinstance(value, list):
-        return tuple(_read(arguments[0], item, f"{place}[{place_in_list}]") for place_in_list, item in enumerate(value))
+        return tuple(read_as(arguments[0], item, f"{place}[{number}]") for number, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {name: _read(arguments[1], item, f"{place}.{name}") for name, item in value.items()}
+        return {name: read_as(arguments[1], item, f"{place}.{name}") for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and type(value) is kind:

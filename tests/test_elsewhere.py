@@ -88,7 +88,7 @@ def test_a_processor_that_no_runtime_is_there_for_is_not_run_and_so_is_the_file(
 def test_the_list_is_read_back_and_shown():
     examined, _ = judged((Other("arm64", "there", lambda: OTHER), Other("wasm", "w", None, "no reason")))
     written = verdict.to_dict(examined.verdict)
-    assert verdict._read(verdict.ArtifactVerdict, json.loads(json.dumps(written)), "it") == examined.verdict
+    assert verdict.read_as(verdict.ArtifactVerdict, json.loads(json.dumps(written)), "it") == examined.verdict
     shown = words.rests_on(examined.verdict)
     assert any(line.startswith("on arm64 (there): ") and "decides as native on " in line for line in shown)
     assert "wasm: not run, no reason" in shown
@@ -151,4 +151,4 @@ def test_a_list_of_something_else_is_refused(value: object):
     examined, _ = judged(())
     written = verdict.to_dict(examined.verdict) | {"judged_on": value}
     with pytest.raises(ValueError, match="judged_on"):
-        verdict._read(verdict.ArtifactVerdict, written, "it")
+        verdict.read_as(verdict.ArtifactVerdict, written, "it")

@@ -16,10 +16,10 @@ from commandline import TINY
 from torch import nn
 
 import edgekit
-from edgekit import artifact, data, exporter, judge, models, quantize, runs, twin
+from edgekit import artifact, data, exporter, judge, machine, models, quantize, runs, twin
 from edgekit.classifier import Wrapped
 from edgekit.errors import EdgekitError
-from edgekit.exporter import export, interleaved
+from edgekit.exporter import export
 from edgekit.files import digest, sha256
 from edgekit.formats import FORMATS, onnx, torchscript
 from edgekit.recipe import read
@@ -429,9 +429,10 @@ def test_interleaved_takes_turns_and_gives_medians(monkeypatch: pytest.MonkeyPat
 
         return run
 
-    monkeypatch.setattr(exporter.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock[0])
     first, second = [90, 90, 1, 2, 30, 4, 5], [70, 70, 10, 50, 20, 40, 30]
-    assert interleaved([work("a", first), work("b", second)], repetitions=5) == [4, 30]  # the two slow starts apart
+    medians = machine.interleaved([work("a", first), work("b", second)], repetitions=5)
+    assert medians == [4, 30]  # the two slow starts apart
     assert order == ["a", "b"] * 7
 
 

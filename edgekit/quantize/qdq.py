@@ -220,6 +220,16 @@ class _Graph:
         )
 
 
+def _floating(model: onnx.ModelProto, graph: _Graph, integral: set[int]) -> set[str]:
+    """What layers that stay float make, and what a ReLU or Clip makes of that."""
+    found: set[str] = set()
+    for node in model.graph.node:
+        layer = graph.quantizable(node) and node.op_type not in _MOVING and id(node) not in integral
+        if layer or (graph.is_clip(node) and node.input[0] in found):
+            found.add(node.output[0])
+    return found
+
+
 def _pool(model: onnx.ModelProto) -> None:
     """ReduceMean over height and width -> GlobalAveragePool, for which runtimes have an integer kernel."""
     graph = _Graph(model)
@@ -253,6 +263,7 @@ def _write(
     constants: dict[str, numpy.ndarray] = {}
     integral = {id(node) for node in chosen}
     least = scheme.activations.ends[0]
+    floating = _floating(source, graph, integral)
 
     def constant(name: str, value: numpy.ndarray) -> str:
         constants[name] = value
@@ -317,7 +328,14 @@ def _write(
         del copy.input[:]
         copy.input.extend(inputs)
         nodes.append(copy)
-        if result in parameters:
+        if result in parameters and result in floating:
+            # ONNX Runtime turns what stands between integers into integers as it loads the file: a convolution's
+            # weights too, and those with one scale for all channels. Max with the lowest number changes no value, and
+            # stands between.
+            lowest = constant("lowest", numpy.array(numpy.finfo(numpy.float32).min))
+            nodes.append(helper.make_node("Max", [result, lowest], [f"{result}_float"], name=f"{result}_max"))
+            quantized(result, f"{result}_float")
+        elif result in parameters:
             quantized(result, result)
     used = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in source.graph.initializer if tensor.name in used]
