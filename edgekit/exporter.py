@@ -1,15 +1,17 @@
 """Student + formats -> artifacts, each opened again in its own runtime and compared before it is called written."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import platform
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,8 +26,11 @@ from edgekit.errors import EdgekitError, choose
 from edgekit.files import sha256, write_json, writing_folder
 from edgekit.formats import FORMATS, onnx
 from edgekit.models import Network
-from edgekit.recipe import read
+from edgekit.recipe import Recipe, read, split_override
 from edgekit.runs import Run
+
+if TYPE_CHECKING:
+    from edgekit.quantize.qat import Learnt
 
 DEFAULT_FORMATS = ("onnx", "torchscript")
 # What a format can be written in; further ones come with their own modules.
@@ -38,11 +43,13 @@ AGREES = 0.99  # an fp32 file that decides otherwise on more than 1 % of the ima
 
 @dataclass(frozen=True)
 class Job:
-    """One artifact to be written."""
+    """One artifact to be written; a `trained` one goes on training (quantize/qat.py), in fp32 as the int8 one's
+    control."""
 
     format: str
     precision: str
     label: str | None
+    trained: bool = False
 
     @property
     def name(self) -> str:
@@ -55,6 +62,9 @@ def export(
     int8: bool = False,
     fp16: bool = False,
     formats: str | Sequence[str] | None = None,
+    qat: bool = False,
+    qat_control: bool = False,
+    overrides: str | Sequence[str] = (),
     label: str | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -65,6 +75,10 @@ def export(
         int8: with `formats`, this precision is added to fp32 in every format named; without, onnx-int8 is added.
         fp16: refused: no format of this version writes it.
         formats: names of FORMATS, also as one string with commas; "all" is every one of them.
+        qat: train the int8 file further (quantize/qat.py), under the label "qat" where no other is given; what was
+            interrupted continues.
+        qat_control: train the float student in the same way too, for comparison: onnx-fp32-<label>.control.
+        overrides: of the recipe's table [qat], such as "qat.epochs=4".
         label: the last part of the artifacts' names.
         force: replace what stands under the same name.
     Returns:
@@ -73,14 +87,25 @@ def export(
     Raises:
         EdgekitError: no finished run, a format or precision that is not there, another artifact under the same name,
             or a file that does not answer as the student does.
+        KeyboardInterrupt: training was interrupted; after one line that says how to continue.
     """
     jobs = _jobs(formats, int8, fp16, label)
+    listed = (overrides,) if isinstance(overrides, str) else tuple(overrides)
+    if qat:
+        jobs = _trained(jobs, label, control=qat_control)
+    elif qat_control or listed:
+        raise EdgekitError("says how --qat trains", where=_option(qat_control, listed), mend="Add --qat")
     place = runs.find(run)
     torch.set_flush_denormal(True)
     made_from = _made_from(place)
-    recipe = read(place.recipe_file)
+    recipe = read(place.recipe_file, listed)
+    if wrong := [override for override in listed if split_override(override)[0][0] != "qat"]:
+        raise EdgekitError(
+            "the student is trained already; only keys of the table [qat] can be set", where=f"--set {wrong[0]}"
+        )
     student = models.load(place.student, factory=recipe.student.architecture)
-    standing = [_standing(place.artifacts / job.name, made_from, job, force) for job in jobs]
+    standing = [_standing(place.artifacts / job.name, made_from, job, force, recipe) for job in jobs]
+    learnt: dict[Job, Learnt] = {}
     compared = calibration = torch.empty(0)
     if not all(standing):  # reading the data may take a while; where nothing is to be written nobody waits for it
         dataset = data.load(recipe.data)
@@ -90,6 +115,9 @@ def export(
             )
         chosen = dataset.validation[data.stratified(dataset.validation.labels, COMPARED, 0)]
         compared, calibration = chosen.floats(), dataset.calibration.floats()
+        missing = [job for job, there in zip(jobs, standing, strict=True) if job.trained and not there]
+        if missing:
+            learnt = _learn(missing, place, student, recipe, dataset, made_from, force, listed)
     reports = []
     with contextlib.ExitStack() as after, progress() as bar:
         after.callback(torch.set_num_threads, torch.get_num_threads())
@@ -101,14 +129,15 @@ def export(
             if there:
                 say(f"{job.name}: already there")
             else:
-                _write(job, folder, student, made_from, compared, calibration)
+                _write(job, folder, student, made_from, compared, calibration, learnt.get(job))
             written = artifacts.load(folder)
             reports.append({"name": job.name, "written": not there, **written.record})
             if not there:
                 _tell(written)
             bar.advance(task)
     result: dict[str, Any] = {"run": str(place.folder), "artifacts": reports}
-    pairs = [(job, Job(job.format, "fp32", label)) for job in jobs if job.precision == "int8"]
+    floats = {job.format: job for job in jobs if job.precision == "fp32" and not job.trained}
+    pairs = [(job, floats[job.format]) for job in jobs if job.precision == "int8"]
     if len(compared) and pairs:
         result["latency"] = [_compare_latency(place, low, full, compared) for low, full in pairs]
     return result
@@ -142,6 +171,61 @@ def _jobs(formats: str | Sequence[str] | None, int8: bool, fp16: bool, label: st
     return [Job(name, precision, label) for name in names for precision in wanted]
 
 
+def _trained(jobs: Sequence[Job], label: str | None, *, control: bool) -> list[Job]:
+    """The same with every int8 file trained, and its control beside it."""
+    if not any(job.precision == "int8" for job in jobs):
+        raise EdgekitError("what it trains is an int8 file", where="--qat", mend="Add --int8")
+    name = label or "qat"
+    made = [dataclasses.replace(job, label=name, trained=True) if job.precision == "int8" else job for job in jobs]
+    return [*made, Job("onnx", "fp32", f"{name}.control", trained=True)] if control else made
+
+
+def _option(control: bool, overrides: Sequence[str]) -> str:
+    return "--qat-control" if control else f"--set {overrides[0]}"
+
+
+def _learn(
+    jobs: Sequence[Job],
+    place: Run,
+    student: Network,
+    recipe: Recipe,
+    dataset: data.Dataset,
+    made_from: dict[str, Any],
+    force: bool,
+    overrides: Sequence[str],
+) -> "dict[Job, Learnt]":
+    """Train what each job is to hold, in runs/NAME/qat/LABEL, from where it was interrupted."""
+    from edgekit import train
+    from edgekit.quantize import qat
+
+    train.alone()
+    model, learnt = onnx.lower(student), {}
+    try:
+        for job in jobs:
+            learnt[job] = qat.learn(
+                model,
+                student,
+                recipe,
+                dataset,
+                dataset.calibration.floats(),
+                quantize.SCHEMES["x86"],
+                Run(place.folder / "qat" / (job.label or "qat")),
+                student_sha256=made_from["student_sha256"],
+                control=job.precision == "fp32",
+                threads=place.info().get("threads", 1),
+                restart=force,
+            )
+    except KeyboardInterrupt:
+        typed = ["edgekit", "export", str(place.folder), "--int8", "--qat"]
+        typed += ["--qat-control"] if any(job.precision == "fp32" for job in jobs) else []
+        typed += [part for override in overrides for part in ("--set", override)]
+        label = next(job.label or "qat" for job in jobs).removesuffix(".control")
+        typed += ["--label", label] if label != "qat" else []
+        say(f"Interrupted. Continue with: {shlex.join([*typed, *(['--force'] if force else [])])}")
+        raise
+    return learnt
+
+
 def _made_from(run: Run) -> dict[str, Any]:
     info = run.info()
     if sha256(run.student) != info.get("student_sha256"):
@@ -162,7 +246,7 @@ def _made_from(run: Run) -> dict[str, Any]:
         ) from None
 
 
-def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool) -> bool:
+def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool, recipe: Recipe) -> bool:
     """Whether this very artifact is there already; another one under its name is refused."""
     if force or not folder.exists():
         return False
@@ -173,15 +257,30 @@ def _standing(folder: Path, made_from: dict[str, Any], job: Job, force: bool) ->
     there = artifacts.load(folder).record
     scheme = quantize.SCHEMES["x86"].record() if job.precision == "int8" else None
     made = {"made_from": made_from, "edgekit": edgekit.__version__, "scheme": scheme}
-    if any(there.get(key) != value for key, value in made.items()):
+    trained = {key: value for key, value in there.get("qat", {}).items() if key != "validation"}
+    if trained != _asked(job, recipe) or any(there.get(key) != value for key, value in made.items()):
         raise EdgekitError(
             "another artifact has this name", where=folder, mend="Use --label to keep both, or --force to replace it"
         )
     return True
 
 
+def _asked(job: Job, recipe: Recipe) -> dict[str, Any]:
+    if not job.trained:
+        return {}
+    from edgekit.quantize import qat
+
+    return qat.asked(recipe, control=job.precision == "fp32")
+
+
 def _write(
-    job: Job, folder: Path, student: Network, made_from: dict[str, Any], compared: Tensor, calibration: Tensor
+    job: Job,
+    folder: Path,
+    student: Network,
+    made_from: dict[str, Any],
+    compared: Tensor,
+    calibration: Tensor,
+    learnt: "Learnt | None" = None,
 ) -> None:
     channels, height, width = student.input_shape
     described = {
@@ -208,8 +307,9 @@ def _write(
     with writing_folder(folder) as part:
         if job.precision == "int8":
             scheme = quantize.SCHEMES["x86"]
-            made = quantize.quantize(onnx.lower(student), calibration, scheme)
-            pairs = quantize.unsafe_pairs(made.model)
+            made = learnt.made if learnt else quantize.quantize(onnx.lower(student), calibration, scheme)
+            model = learnt.model if learnt else made.model
+            pairs = quantize.unsafe_pairs(model)
             if not pairs:  # a proof about no layer at all proves nothing
                 raise EdgekitError("no layer of this student could be quantized", where=job.name)
             if unsafe := {name: count for name, count in pairs.items() if count}:
@@ -217,10 +317,14 @@ def _write(
                     f"{sum(unsafe.values())} weight pairs could saturate, the first in {next(iter(unsafe))}",
                     where=job.name,
                 )
-            onnx.write_model(made.model, part, metadata)
+            onnx.write_model(model, part, metadata)
             record |= {"scheme": scheme.record(), "calibration": made.calibration, "in_float": made.in_float}
+        elif learnt:
+            onnx.write_model(learnt.model, part, metadata)
         else:
             FORMATS[job.format].write(student, part, metadata)
+        if learnt:
+            record["qat"] = learnt.record
         paths = sorted(part.iterdir())
         record |= {
             "files": [{"path": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths],
@@ -254,7 +358,7 @@ def _against(expected: Tensor, answered: Tensor, job: Job, file: str) -> dict[st
         )
     agreement = (answered.argmax(1) == expected.argmax(1)).double().mean().item()
     difference = (answered - expected).abs().max().item()
-    if job.precision == "fp32" and agreement < AGREES:
+    if job.precision == "fp32" and not job.trained and agreement < AGREES:
         raise EdgekitError(
             f"{file} agrees with the student on {100 * agreement:.1f} % of {len(expected)} images only", where=job.name
         )
@@ -272,6 +376,12 @@ def _tell(written: Artifact) -> None:
         f"{written.name}: {written.bytes / 1e6:.2f} MB; agrees with the student on {100 * against['agreement']:.1f} % "
         f"of {against['images']} validation images, logits differ by at most {against['max_abs_difference']:.2g}"
     )
+    if trained := written.record.get("qat"):
+        found = trained["validation"]
+        say(
+            f"{written.name}: trained for {trained['epochs']} epochs, the best of them epoch {found['epoch']}: "
+            f"validation accuracy {100 * found['clean_accuracy']:.1f} % clean, {100 * found['robust_accuracy']:.1f} % under PGD"
+        )
     if "scheme" in written.record and written.record["scheme"]["cannot_saturate"]:
         # Where this processor never sums in 16 bits, the default and the precise session are one arithmetic.
         measured = "; both arithmetics gave the same answers here" if machine.saturates() else ""

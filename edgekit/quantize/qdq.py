@@ -27,11 +27,13 @@ _MOVING = ("Flatten", "Reshape", "MaxPool")  # hand integers on as they are: inp
 
 @dataclass(frozen=True)
 class Quantized:
-    """model: the QDQ graph. calibration: artifact.json's record. in_float: operators that stay float, by type."""
+    """model: the QDQ graph. calibration: artifact.json's record. in_float: operators that stay float, by type. source:
+    the fp32 graph with the weights that were rounded."""
 
     model: onnx.ModelProto
     calibration: dict[str, object]
     in_float: dict[str, int]
+    source: onnx.ModelProto
 
 
 def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme, settings: Settings = Settings()) -> Quantized:
@@ -80,7 +82,7 @@ def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme, settings: S
     record = {"images": len(images), "sha256": digest(images.contiguous().numpy().tobytes()), "method": "min-max"}
     kinds = {id(node) for node in chosen} | {id(follower) for follower in absorbed.values()}
     floats = Counter(node.op_type for node in source.graph.node if id(node) not in kinds and node.op_type != "Constant")
-    return Quantized(written, record, dict(sorted(floats.items())))
+    return Quantized(written, record, dict(sorted(floats.items())), source)
 
 
 def layers(model: onnx.ModelProto) -> list[str]:
