@@ -377,10 +377,10 @@ def _tell(written: Artifact) -> None:
         f"of {against['images']} validation images, logits differ by at most {against['max_abs_difference']:.2g}"
     )
     if trained := written.record.get("qat"):
-        found = trained["validation"]
+        best = trained["validation"]
         say(
-            f"{written.name}: trained for {trained['epochs']} epochs, the best of them epoch {found['epoch']}: "
-            f"validation accuracy {100 * found['clean_accuracy']:.1f} % clean, {100 * found['robust_accuracy']:.1f} % under PGD"
+            f"{written.name}: trained further, best after epoch {best['epoch']} of {trained['epochs']}: validation "
+            f"accuracy {100 * best['clean_accuracy']:.1f} % clean, {100 * best['robust_accuracy']:.1f} % under PGD"
         )
     if "scheme" in written.record and written.record["scheme"]["cannot_saturate"]:
         # Where this processor never sums in 16 bits, the default and the precise session are one arithmetic.

@@ -115,7 +115,7 @@ class Evaluate(Table):
 
 class Qat(Table):
     epochs: int = Field(default=2, ge=1)
-    learning_rate: float = Field(default=0.01, gt=0)  # the first; half a cosine leads down to 0
+    learning_rate: float = Field(default=0.003, gt=0)  # the first; half a cosine leads down to 0
     soft_labels: Literal["student", "teacher"] = "student"  # whose: the float student's, or those of the run's teacher
     frozen_after: Annotated[Number, Field(ge=0, le=1)] = 0.5  # fraction of the run in which ranges are measured anew
 

@@ -111,7 +111,8 @@ def learn(
     info = run.info()
     if sha256(run.student) != info.get("student_sha256"):
         raise EdgekitError("the trained weights have changed since they were written", where=run.student, mend=_AGAIN)
-    network.to("cpu", memory_format=torch.contiguous_format).load_state_dict(safetensors.torch.load_file(run.student))
+    network = network.to("cpu")
+    network.load_state_dict(safetensors.torch.load_file(run.student))
     return Learnt(network.model(), asked(recipe, control=control) | {"validation": info["metrics"]}, made)
 
 
@@ -136,7 +137,7 @@ def _plan(recipe: Recipe) -> Recipe:
         "learning_rate": recipe.qat.learning_rate,
         "schedule": "cosine",
         "warmup": 0.0,
-        # The scale of weights before batch normalization is free, that of folded ones is not: decay shrinks the answers.
+        # Weights before batch normalization have no scale of their own, folded ones do: decay shrinks the answers.
         "weight_decay": 0.0,
         "gradient_clip": recipe.train.gradient_clip or 1.0,
         "precision": "fp32",  # integers up to 2^24 are exact in no narrower float
