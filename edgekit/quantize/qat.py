@@ -174,7 +174,15 @@ def _measuring(network: Folded, calibration: Tensor, scheme: Scheme, settings: S
         if not isinstance(network, FakeQuantized) or done == 0:
             return
         observed = plan.qat.frozen_after * steps
-        if done in {round(observed * turn / MEASURED) for turn in range(1, MEASURED + 1)}:
+        if done not in {round(observed * turn / MEASURED) for turn in range(1, MEASURED + 1)}:
+            return
+        try:
+            if not all(weight.isfinite().all() for weight in network.weights):
+                raise ValueError("a weight is infinite")
             network.measure(quantize(Folded.model(network), calibration, scheme, again))
+        except (ValueError, OverflowError) as error:  # infinite weights, or activations that overflow: no range
+            raise EdgekitError(
+                f"training diverged: no range of activations could be measured ({error})", mend=_MEND
+            ) from error
 
     return before_step
