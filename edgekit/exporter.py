@@ -117,7 +117,11 @@ def export(
         compared, calibration = chosen.floats(), dataset.calibration.floats()
         missing = [job for job, there in zip(jobs, standing, strict=True) if job.trained and not there]
         if missing:
-            learnt = _learn(missing, place, student, recipe, dataset, made_from, force, listed)
+            try:
+                learnt = _learn(missing, place, student, recipe, dataset, made_from, force)
+            except KeyboardInterrupt:
+                say(f"Interrupted. Continue with: {_command(place, jobs, formats, listed, label, force)}")
+                raise
     reports = []
     with contextlib.ExitStack() as after, progress() as bar:
         after.callback(torch.set_num_threads, torch.get_num_threads())
@@ -192,17 +196,16 @@ def _learn(
     dataset: data.Dataset,
     made_from: dict[str, Any],
     force: bool,
-    overrides: Sequence[str],
 ) -> "dict[Job, Learnt]":
     """Train what each job is to hold, in runs/NAME/qat/LABEL, from where it was interrupted."""
     from edgekit import train
     from edgekit.quantize import qat
 
     train.alone()
-    model, learnt = onnx.lower(student), {}
-    try:
-        for job in jobs:
-            learnt[job] = qat.learn(
+    model = onnx.lower(student)
+    with machine.enough_memory(where=place.folder, mend="Free some of it, and type the same command again"):
+        return {
+            job: qat.learn(
                 model,
                 student,
                 recipe,
@@ -215,15 +218,29 @@ def _learn(
                 threads=place.info().get("threads", 1),
                 restart=force,
             )
-    except KeyboardInterrupt:
-        typed = ["edgekit", "export", str(place.folder), "--int8", "--qat"]
-        typed += ["--qat-control"] if any(job.precision == "fp32" for job in jobs) else []
-        typed += [part for override in overrides for part in ("--set", override)]
-        label = next(job.label or "qat" for job in jobs).removesuffix(".control")
-        typed += ["--label", label] if label != "qat" else []
-        say(f"Interrupted. Continue with: {shlex.join([*typed, *(['--force'] if force else [])])}")
-        raise
-    return learnt
+            for job in jobs
+        }
+
+
+def _command(
+    place: Run,
+    jobs: Sequence[Job],
+    formats: str | Sequence[str] | None,
+    overrides: Sequence[str],
+    label: str | None,
+    force: bool,
+) -> str:
+    """What continues an interrupted training."""
+    typed = ["edgekit", "export", str(place.folder), "--int8", "--qat"]
+    if any(job.trained and job.precision == "fp32" for job in jobs):
+        typed.append("--qat-control")
+    for override in overrides:
+        typed += ["--set", override]
+    if formats is not None:
+        typed += ["--format", formats if isinstance(formats, str) else ",".join(formats)]
+    if label is not None:
+        typed += ["--label", label]
+    return shlex.join([*typed, "--force"] if force else typed)
 
 
 def _made_from(run: Run) -> dict[str, Any]:
