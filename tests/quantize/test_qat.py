@@ -12,7 +12,7 @@ from commandline import TINY
 from torch import nn
 
 import edgekit
-from edgekit import data, models, runs, train
+from edgekit import data, models, train
 from edgekit.classifier import predict
 from edgekit.data import Dataset
 from edgekit.errors import EdgekitError
@@ -132,7 +132,7 @@ def test_only_what_was_begun_is_continued(place, monkeypatch):
     assert learn("one", "qat.epochs=2", restart=True).record["epochs"] == 2
     weights = Path("one/student.safetensors")
     weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
-    with pytest.raises(EdgekitError, match="one/student.safetensors: the trained weights have changed"):
+    with pytest.raises(EdgekitError, match=r"one/student\.safetensors: the trained weights have changed"):
         learn("one", "qat.epochs=2")
 
 
