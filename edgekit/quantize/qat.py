@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ def learn(
             where=run.folder,
             mend="Use --force to begin it again, or --label to keep both",
         )
-    if begun != identity and run.folder.exists():
-        shutil.rmtree(run.folder)
     if begun != identity:
+        if begun is not None:
+            shutil.rmtree(run.folder)
         write_text(run.recipe_file, to_toml(plan))
         run.save_info({"schema": 1, "status": "running", "identity": identity, "threads": threads})
     if not run.finished:
@@ -161,7 +162,9 @@ def _soft_labels(
     return train.teacher_of(recipe, dataset, device)
 
 
-def _measuring(network: Folded, calibration: Tensor, scheme: Scheme, settings: Settings, plan: Recipe) -> Any:
+def _measuring(
+    network: Folded, calibration: Tensor, scheme: Scheme, settings: Settings, plan: Recipe
+) -> Callable[[int, int], None]:
     """What is done before each step: the ranges of the weights of this moment, ten times in the first part of the run.
 
     By the step alone, so that a resumed run measures where an undisturbed one does.

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy
 import onnx
@@ -47,8 +48,7 @@ class Folded(Network):
 
     @property
     def graph(self) -> Twin:
-        assert isinstance(self.body, Twin)
-        return self.body
+        return cast(Twin, self.body)
 
     def values(self) -> dict[str, Value]:
         """What stands in the place of the graph's constants."""
