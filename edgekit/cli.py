@@ -86,6 +86,13 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="Write int8 files too.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Not yet: no format of this version writes fp16.")] = False,
     format: Annotated[str | None, typer.Option(metavar="F,…", help="onnx, torchscript.")] = None,
+    qat: Annotated[bool, typer.Option("--qat", help="Train the int8 file further; a second time continues.")] = False,
+    qat_control: Annotated[
+        bool, typer.Option("--qat-control", help="Train the float student in the same way too, for comparison.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="qat.K=V", help="How --qat trains: --set qat.epochs=4.")
+    ] = None,
     label: Annotated[
         str | None, typer.Option(help="Part of the artifact's name, to keep several side by side.")
     ] = None,
@@ -112,11 +119,14 @@ def export(
         int8=int8,
         fp16=fp16,
         formats=format.split(",") if format else None,
-        label=label,
-        force=force,
         ptq=ptq,
         sensitivity=sensitivity,
         robust_drop=None if robust_drop is None else robust_drop / 100,
+        qat=qat,
+        qat_control=qat_control,
+        overrides=overrides or (),
+        label=label,
+        force=force,
     )
     searched = [one["robust_drop"] for one in result["artifacts"] if "robust_drop" in one]
     if json:

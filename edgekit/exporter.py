@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,8 +38,6 @@ from edgekit.runs import Run
 from edgekit.verdict import to_dict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from onnx import ModelProto
 
     from edgekit.quantize.qat import Learnt
@@ -115,7 +113,8 @@ def export(
     _asked(int8, sensitivity, robust_drop)
     choose(dict.fromkeys(PTQ, ptq), ptq, "quantization", where="--ptq")
     if qat:
-        jobs = _trained(jobs, label, control=qat_control)
+        # Where training is one try of several, the file is named as any other.
+        jobs = _trained(jobs, label or ("qat" if robust_drop is None else None), control=qat_control)
     elif qat_control or listed:
         raise EdgekitError("says how --qat trains", where=_option(qat_control, listed), mend="Add --qat")
     place = runs.find(run)
@@ -215,9 +214,8 @@ def _trained(jobs: Sequence[Job], label: str | None, *, control: bool) -> list[J
     """The same with every int8 file trained, and its control beside it."""
     if not any(job.precision == "int8" for job in jobs):
         raise EdgekitError("what it trains is an int8 file", where="--qat", mend="Add --int8")
-    name = label or "qat"
-    made = [dataclasses.replace(job, label=name, trained=True) if job.precision == "int8" else job for job in jobs]
-    return [*made, Job("onnx", "fp32", f"{name}.control", trained=True)] if control else made
+    made = [replace(job, label=label, trained=True) if job.precision == "int8" else job for job in jobs]
+    return [*made, Job("onnx", "fp32", f"{label or 'qat'}.control", trained=True)] if control else made
 
 
 def _option(control: bool, overrides: Sequence[str]) -> str:
@@ -345,7 +343,7 @@ class Stock:
         }
         return Made(quantize.slim(made.model), record | more)
 
-    def _last_step(self, job: Job) -> "Iterator[ladder.Rung]":
+    def _last_step(self, job: Job) -> Iterator[ladder.Rung]:
         yield ladder.Rung("trained further", self.start.settings.in_float, partial(self._further, job))
 
     def _further(self, job: Job) -> quantize.Quantized:

@@ -113,6 +113,13 @@ class Evaluate(Table):
     every: int = Field(default=1, ge=1)  # epochs
 
 
+class Qat(Table):
+    epochs: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=0.003, gt=0)  # the first; half a cosine leads down to 0
+    soft_labels: Literal["student", "teacher"] = "student"  # whose: the float student's, or those of the run's teacher
+    frozen_after: Annotated[Number, Field(ge=0, le=1)] = 0.5  # fraction of the run in which ranges are measured anew
+
+
 class Recipe(Table):
     student: Student
     data: Data
@@ -121,6 +128,7 @@ class Recipe(Table):
     inner: Inner = Inner()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    qat: Qat = Qat()
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @model_validator(mode="before")

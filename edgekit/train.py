@@ -8,7 +8,8 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,22 @@ from edgekit.runs import Run
 _INIT, _ORDER, _AUGMENT, _INNER, _VALIDATE = range(5)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A network that is trained further, in the place of a new one of the recipe's.
+
+    Attributes:
+        before_step: called before each step with the number of steps done and of all steps.
+        code: a digest of the sources that decide what the network is trained to.
+        mend: what is said to people where the loss is no number.
+    """
+
+    network: Network
+    before_step: Callable[[int, int], None]
+    code: str
+    mend: str
+
+
 def distill(
     recipe: str | Path,
     *,
@@ -62,11 +79,7 @@ def distill(
             this machine does not have.
         KeyboardInterrupt: after one line that says how to continue.
     """
-    if (count := machine.processes()) > 1 or (count := machine.asked_of_accelerate()) != 1:
-        raise EdgekitError(
-            f"this version trains in one process, and {count or 'several'} were asked for",
-            mend="Start edgekit without a launcher",
-        )
+    alone()
     listed = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     try:
         with machine.enough_memory(where=recipe, mend="Lower train.batch_size, or choose a smaller student"):
@@ -74,6 +87,19 @@ def distill(
     except KeyboardInterrupt as stop:
         say(f"Interrupted. {stop or 'Nothing was begun yet'}")
         raise
+
+
+def alone() -> None:
+    """Refuse to train where a launcher started several processes.
+
+    Raises:
+        EdgekitError: it did.
+    """
+    if (count := machine.processes()) > 1 or (count := machine.asked_of_accelerate()) != 1:
+        raise EdgekitError(
+            f"this version trains in one process, and {count or 'several'} were asked for",
+            mend="Start edgekit without a launcher",
+        )
 
 
 def _distill(
@@ -181,6 +207,18 @@ def _teacher_recipe(recipe: Recipe, dataset: Dataset, device: torch.device) -> R
     return plan
 
 
+def teacher_of(recipe: Recipe, dataset: Dataset, device: torch.device) -> tuple[Network, dict[str, str]]:
+    """The frozen teacher of a recipe that names one, trained now where that was not done yet, and what run.json says.
+
+    Raises:
+        EdgekitError: it cannot be opened or trained, or is of other data.
+    """
+    if recipe.teacher is not None and recipe.teacher.weights is not None:
+        return _open_teacher(Path(recipe.teacher.weights), recipe.teacher.factory, dataset)
+    plan = _teacher_recipe(recipe, dataset, device)
+    return _open_teacher(_train_teacher(plan, recipe, dataset, device), plan.student.architecture, dataset)
+
+
 def _train_teacher(plan: Recipe, recipe: Recipe, dataset: Dataset, device: torch.device) -> Path:
     """The weights of the teacher that `plan` describes, from the cache folder or trained now."""
     kept = Run(cache_folder() / "teachers" / digest(to_toml(plan), dataset.sha256, code_version())[:16])
@@ -261,19 +299,21 @@ def fit(
     device: torch.device,
     *,
     name: str | None = None,
+    prepared: Prepared | None = None,
 ) -> dict[str, Any]:
     """Train into `run`, from its checkpoint where it has one, and return run.json's content.
 
     Args:
         teacher: the network, and what run.json is to say of it.
         name: what the progress calls it; the folder's name by default, which of a kept teacher is a digest.
+        prepared: what is trained; by default a new student.
     Raises:
         EdgekitError: the checkpoint is damaged, or data or teacher are not those that it was made with.
     """
     # Denormals make a convolution many times slower, and threads started later inherit the setting.
     torch.set_flush_denormal(True)
     with _accelerated(device, recipe.train.precision) as accelerator:
-        return _fit(recipe, dataset, teacher, run, accelerator, name or run.name)
+        return _fit(recipe, dataset, teacher, run, accelerator, name or run.name, prepared)
 
 
 def _fit(
@@ -283,13 +323,16 @@ def _fit(
     run: Run,
     accelerator: Accelerator,
     name: str,
+    prepared: Prepared | None,
 ) -> dict[str, Any]:
     train = recipe.train
     teacher, about_teacher = taught or (None, None)
-    mean, std = dataset.statistics()
-    student = models.build(
-        recipe.student, dataset.classes, dataset.input_shape, mean, std, seed=_number(recipe.seed, _INIT)
-    )
+    if prepared is None:
+        student = models.build(
+            recipe.student, dataset.classes, dataset.input_shape, *dataset.statistics(), _number(recipe.seed, _INIT)
+        )
+    else:
+        student = prepared.network
     layout = torch.channels_last if train.channels_last else torch.contiguous_format
     student = student.to(accelerator.device).to(memory_format=layout)
     if teacher is not None:
@@ -319,7 +362,11 @@ def _fit(
         "status": "running",
         "seed": recipe.seed,
         "device": str(accelerator.device),
-        "versions": {"edgekit": edgekit.__version__, "torch": str(torch.__version__), "code": code_version()},
+        "versions": {
+            "edgekit": edgekit.__version__,
+            "torch": str(torch.__version__),
+            "code": prepared.code if prepared else code_version(),
+        },
         "data": {"name": dataset.name, "sha256": dataset.sha256},
         "teacher": about_teacher,
     }
@@ -340,6 +387,8 @@ def _fit(
                 len(pool), generator=torch.Generator().manual_seed(_number(recipe.seed, _ORDER, epoch))
             )
             for step in range(steps):
+                if prepared:
+                    prepared.before_step(epoch * steps + step, train.epochs * steps)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(train, (epoch + step / steps) / train.epochs)
                 batch = pool[order[step * train.batch_size : (step + 1) * train.batch_size].to(accelerator.device)]
@@ -361,7 +410,7 @@ def _fit(
                 raise EdgekitError(
                     f"the loss is {mean_loss} in epoch {epoch + 1}",
                     where=run.folder,
-                    mend="Lower train.learning_rate, or set train.gradient_clip=1",
+                    mend=prepared.mend if prepared else "Lower train.learning_rate, or set train.gradient_clip=1",
                 )
             line = {"epoch": epoch + 1, "loss": mean_loss}
             line["images_per_second"] = steps * train.batch_size / (time.perf_counter() - begin)

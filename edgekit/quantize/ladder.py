@@ -33,6 +33,7 @@ from edgekit.quantize.qdq import Quantized, quantize
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.sensitivity import Sensitivity
 from edgekit.quantize.settings import Settings
+from edgekit.quantize.slim import slim
 from edgekit.report import words
 from edgekit.statistics import CONFIDENCE, points
 from edgekit.verdict import Accuracy, Change
@@ -254,7 +255,7 @@ def search(
 
 def _measured(material: Material, rung: Rung, made: Quantized, full: Path, metadata: dict[str, str]) -> Try:
     with tempfile.TemporaryDirectory() as folder:
-        onnx_format.write_model(made.model, Path(folder), metadata)
+        onnx_format.write_model(slim(made.model), Path(folder), metadata)
         path = Path(folder) / onnx_format.FILE
         file = sha256(path)
         name = f"try {file} {material.digest}"

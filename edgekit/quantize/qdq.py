@@ -39,12 +39,16 @@ class Quantized:
         calibration: artifact.json's record.
         in_float: operators that stay float, by type.
         float_layers: the same one by one: {"layer", "operator", "reason"}. The reason BEFORE is no loss.
+        source: the fp32 graph with the weights that were rounded.
+        trained: artifact.json's record of a training that went on from there (qat.py).
     """
 
     model: onnx.ModelProto
     calibration: dict[str, object]
     in_float: dict[str, int]
     float_layers: list[dict[str, str]]
+    source: onnx.ModelProto
+    trained: dict[str, Any] | None = None
 
 
 def quantize(
@@ -125,7 +129,7 @@ def quantize(
     kinds = {id(node) for node in chosen} | {id(follower) for follower in absorbed.values()}
     floats = Counter(node.op_type for node in source.graph.node if id(node) not in kinds and node.op_type != "Constant")
     reasons = _reasons(source, graph, kinds, kept)
-    return Quantized(written, record, dict(sorted(floats.items())), reasons)
+    return Quantized(written, record, dict(sorted(floats.items())), reasons, source)
 
 
 def _reasons(source: onnx.ModelProto, graph: "_Graph", integral: set[int], kept: set[str]) -> list[dict[str, str]]:
@@ -224,7 +228,7 @@ def _floating(model: onnx.ModelProto, graph: _Graph, integral: set[int]) -> set[
     """What layers that stay float make, and what a ReLU or Clip makes of that."""
     found: set[str] = set()
     for node in model.graph.node:
-        layer = graph.quantizable(node) and node.op_type not in _MOVING and id(node) not in integral
+        layer = graph.obstacle(node) is None and node.op_type not in _MOVING and id(node) not in integral
         if layer or (graph.is_clip(node) and node.input[0] in found):
             found.add(node.output[0])
     return found

@@ -68,7 +68,9 @@ def tuned(model: onnx.ModelProto, student: Network, dataset: Dataset, epsilon: f
         f"Of {len(candidates)} int8 quantizations chosen: {taken.settings}; agrees with the student on {clean} of "
         f"{len(measured)} validation images, on {hostile} of them attacked (PGD-{STEPS} on the student)"
     )
-    images = torch.cat([evidence.calibration, evidence.attacked]) if taken.settings.adversarial else evidence.calibration
+    images = (
+        torch.cat([evidence.calibration, evidence.attacked]) if taken.settings.adversarial else evidence.calibration
+    )
     record = {"ptq": "tuned", "measured_on": len(measured), "candidates": [one.record() for one in candidates]}
     return Start(model, scheme, taken.settings, images, made, record)
 

@@ -128,6 +128,9 @@ def conv(node: Node, x: Value, weight: Value, bias: Value = None) -> Value:
     if fused is None:
         return _CONVOLUTIONS[count](a, w, None if bias is None else real(bias), *window, groups)
     b = None if bias is None else bias.centred
+    if w.requires_grad:  # integers that are trained: no layer of constant weights
+        sums = _CONVOLUTIONS[count](a, w, None if b is None else b.to(w.dtype), *window, groups)
+        return Sums(sums, fused.reshape(1, -1, *[1] * count) if fused.numel() > 1 else fused)
     layer = prepared(node, weight, lambda: _Convolution(w, b, x.span, window, groups))
     layer = clipped(node, layer, x, weight, w + _zero(weight, w.ndim, 0), window, groups)
     return Products(a, layer, fused.reshape(1, -1, *[1] * count) if fused.numel() > 1 else fused)
@@ -155,6 +158,8 @@ def gemm(node: Node, x: Value, weight: Value, bias: Value = None) -> Value:
         a = x.centred.T if node.get("transA", 0) else x.centred
         w = weight.centred if across else weight.centred.T
         b = None if bias is None else bias.centred.flatten()
+        if w.requires_grad:
+            return Sums(functional.linear(a, w.T, None if b is None else b.to(w.dtype)), fused)
         layer = prepared(node, weight, lambda: _Product(w, b, x.span))
         return Products(a, clipped(node, layer, x, weight, (w + _zero(weight, 2, 1)).T), fused)
     a = real(x).T if node.get("transA", 0) else real(x)
@@ -192,8 +197,6 @@ def _fused(x: Value, weight: Value, bias: Value, across: int) -> Tensor | None:
     A scale per channel must lie along the outputs, axis `across` of the weights, and the bias be on the sums' own grid.
     """
     if not (isinstance(x, Grid) and isinstance(weight, Grid)) or x.stored or weight.stored or x.scale.numel() > 1:
-        return None
-    if weight.centred.requires_grad:
         return None
     if weight.scale.numel() > 1 and weight.scale.numel() != weight.centred.shape[across]:
         return None

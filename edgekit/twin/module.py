@@ -1,7 +1,7 @@
 """A graph as a torch module: constants folded, arithmetic of shapes done once per input shape."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,12 +72,12 @@ class Twin(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         count = self._at_once
         if count is None or len(images) == count or (len(images) > 1 and self._together(images, count)):
-            return self._answer(images)
+            return self.answer(images)
         chunks = list(images.split(count))
         missing = count - len(chunks[-1])
         if missing:  # filled up with its last image, whose answers are then dropped
             chunks[-1] = torch.cat([chunks[-1], chunks[-1][-1:].expand(missing, *images.shape[1:])])
-        return torch.cat([self._answer(chunk) for chunk in chunks])[: len(images)]
+        return torch.cat([self.answer(chunk) for chunk in chunks])[: len(images)]
 
     @torch.no_grad()
     def _together(self, images: Tensor, count: int) -> bool:
@@ -86,9 +86,9 @@ class Twin(nn.Module):
         if shape not in self._tried:
             some = images.detach()[: 2 * count]
             some = torch.cat([some, some[-1:].expand(2 * count - len(some), *some.shape[1:])])
-            apart = torch.cat([self._answer(chunk) for chunk in some.split(count)])
+            apart = torch.cat([self.answer(chunk) for chunk in some.split(count)])
             try:
-                joined = self._answer(some)
+                joined = self.answer(some)
             except EdgekitError:
                 joined = None
             self._tried[shape] = (
@@ -96,8 +96,9 @@ class Twin(nn.Module):
             )
         return self._tried[shape]
 
-    def _answer(self, images: Tensor) -> Tensor:
-        values: dict[str, Value] = {**self.constants, self.input: images}
+    def answer(self, images: Tensor, others: Mapping[str, Value] | None = None) -> Tensor:
+        """The logits of one batch, with `others` in the place of the constants of these names."""
+        values: dict[str, Value] = {**self.constants, **(others or {}), self.input: images}
         key = (tuple(images.shape), images.device)
         known = self._known.get(key)
         kept: dict[str, Value] = {}
