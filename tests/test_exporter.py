@@ -47,6 +47,14 @@ def weightless(classes: int, channels: int) -> nn.Module:
     return Pixels()
 
 
+def swish(classes: int, channels: int) -> nn.Module:
+    """An activation without an integer form, between layers that have one."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)),
+    )
+
+
 def make(folder: Path, seed: int = 0, factory: str = "small") -> runs.Run:
     """A finished run in `folder`, as distill leaves one."""
     run = runs.Run(folder)
@@ -170,8 +178,78 @@ def test_the_comparison_is_with_the_student_on_validation_images(exported: tuple
 def test_calibration_is_the_split_of_that_name(exported: tuple[Path, dict[str, Any]]):
     dataset = data.load(read(exported[0] / "runs/small-1/recipe.toml").data)
     record = exported[1]["artifacts"][2]["calibration"]
-    assert record["images"] == len(dataset.calibration) == 64
-    assert record["sha256"] == digest(dataset.calibration.floats().numpy().tobytes())
+    images = dataset.calibration.floats()
+    if record["adversarial"]:  # chosen or not: the record counts what the ranges were made of
+        student = models.load(exported[0] / "runs/small-1/student.safetensors", factory=f"{__name__}:small")
+        images = torch.cat([images, exporter._iterates(student, dataset.calibration, 0.05)])
+    assert record["images"] == len(images)
+    assert record["sha256"] == digest(images.numpy().tobytes())
+
+
+def test_the_choice_and_its_candidates_are_recorded(exported: tuple[Path, dict[str, Any]]):
+    record = exported[1]["artifacts"][2]["calibration"]
+    assert record["ptq"] == "tuned"
+    settings = [{name: one[name] for name in quantize.Settings().record()} for one in record["candidates"]]
+    assert settings == [one.record() for one in quantize.CANDIDATES]
+    assert {name: record[name] for name in settings[0]} in settings
+    assert record["measured_on"] == len(data.load(read(exported[0] / "runs/small-1/recipe.toml").data).validation)
+
+
+def test_the_choice_rests_on_validation_images_and_the_last_iterates_of_an_attack_on_the_student(place: Path):
+    run = runs.Run(place / "runs/small-1")
+    dataset = data.load(read(run.recipe_file).data)
+    student = models.load(run.student, factory=f"{__name__}:small")
+    evidence = exporter._evidence(student, dataset, 0.05)
+    assert evidence.clean.equal(dataset.validation.floats())
+    assert evidence.calibration.equal(dataset.calibration.floats())
+    for clean, adversarial, labels in (
+        (evidence.clean, evidence.adversarial, dataset.validation.labels),
+        (evidence.calibration, evidence.attacked, dataset.calibration.labels),
+    ):
+        away = (adversarial - clean).abs()
+        assert away.max() == pytest.approx(0.05, abs=1e-6)
+        assert adversarial.min() >= 0
+        assert adversarial.max() <= 1
+        # The last iterates: 20 steps take nearly every pixel that is free to move to the ball's border.
+        assert (away > 0.049).float().mean() > 0.4
+        right = [(student(images).argmax(1) == labels).float().mean() for images in (clean, adversarial)]
+        assert right[1] < right[0] - 0.1
+    for images, expected in zip((evidence.clean, evidence.adversarial), evidence.expected, strict=True):
+        assert expected.equal(student(images).detach())
+
+
+def test_plain_and_tuned_stand_side_by_side(again: runs.Run, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(EdgekitError, match=r"another artifact has this name\. Use --label to keep both"):
+        export(formats="onnx", int8=True, ptq="plain")
+    capsys.readouterr()
+    plain = export(formats="onnx", int8=True, ptq="plain", label="plain")["artifacts"][1]
+    assert "chosen" not in capsys.readouterr().err
+    assert plain["name"] == "onnx-int8-plain"
+    assert plain["calibration"]["ptq"] == "plain"
+    assert quantize.Settings().record().items() <= plain["calibration"].items()
+    assert "candidates" not in plain["calibration"]
+    assert not export(formats="onnx", int8=True, ptq="plain", label="plain")["artifacts"][1]["written"]
+    assert not export(int8=True)["artifacts"][2]["written"]
+    before = inside(again)
+    export(formats="onnx", int8=True, force=True)
+    assert "onnx-int8: of 9 quantizations chosen: " in capsys.readouterr().err
+    assert inside(again) == before  # the choice is the same, and so is every byte
+    with pytest.raises(EdgekitError, match=r"--ptq: there is no quantization 'plan'\. Did you mean 'plain'"):
+        export(int8=True, ptq="plan")
+
+
+def test_what_stays_float_is_said_layer_by_layer(fresh: runs.Run, capsys: pytest.CaptureFixture[str]):
+    make(fresh.folder, factory="swish")
+    record = export(formats="onnx", int8=True, ptq="plain")["artifacts"][1]
+    said = capsys.readouterr().err
+    named = [one for one in record["float_layers"] if one["reason"] != quantize.BEFORE]
+    assert sorted(one["operator"] for one in named) == ["Mul", "Sigmoid"]
+    for one in named:
+        assert f"onnx-int8: {one['layer']} ({one['operator']}) stays float: {one['reason']}" in said
+    assert "Sigmoid has no integer form here" in said
+    assert said.count("stays float") == 2
+    assert record["in_float"] == {"Div": 1, "Mul": 1, "Sigmoid": 1, "Sub": 1}
+    assert onnx.describe(fresh.artifacts / "onnx-int8/model.onnx")["operators"]["int8"]["Conv"] == 2
 
 
 @pytest.mark.parametrize(
