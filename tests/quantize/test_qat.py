@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy
 import onnx
 import pytest
 import torch
@@ -194,8 +195,13 @@ def test_ranges_follow_the_weights_first_and_then_stand_still(place):
 
 def test_it_mends_a_bad_quantization(place, monkeypatch):
     """Weights of -1, 0 and 1: agreement with the float student, the source of the soft labels, rises."""
-    rounded = qdq._weight
-    monkeypatch.setattr(qdq, "_weight", lambda weights, largest: rounded(weights, 1))
+
+    def coarse(weights, stored, *, pairs, rule):
+        scale = numpy.abs(weights).reshape(len(weights), -1).max(1).astype(numpy.float32)
+        integers = numpy.rint(weights / scale.reshape(-1, *[1] * (weights.ndim - 1))).astype(numpy.int8)
+        return integers, scale, numpy.zeros(len(scale), numpy.int8)
+
+    monkeypatch.setattr(qdq, "weigh", coarse)
     found = dataset()
     images = found.test.floats()[:500]
     begun = quantize(onnx.load("float.onnx"), found.calibration.floats(), SCHEME).model
