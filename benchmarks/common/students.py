@@ -57,7 +57,7 @@ def picked(folder: Path | None, samples: int, *, quick: bool) -> Split:
 
 
 def int8_file(student: Network, calibration: Tensor, folder: Path) -> Path:
-    """The ONNX file that `edgekit export --int8` makes of `student`, with calibration images (N, C, H, W)."""
+    """The ONNX file of `edgekit export --int8 --ptq plain`, with calibration images (N, C, H, W)."""
     model = quantize(onnx_format.lower(student), calibration, SCHEMES["x86"]).model
     onnx_format.write_model(model, folder, {})
     return folder / onnx_format.FILE
