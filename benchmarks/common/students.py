@@ -82,7 +82,7 @@ def untrained(architecture: str, width: float) -> Network:
 
 
 def int8_file(student: Network, calibration: Tensor, folder: Path) -> Path:
-    """The ONNX file that `edgekit export --int8` makes of `student`, with calibration images (N, C, H, W)."""
+    """The ONNX file of `edgekit export --int8 --ptq plain`, with calibration images (N, C, H, W)."""
     model = slim(quantize(onnx_format.lower(student), calibration, SCHEMES["x86"]).model)
     onnx_format.write_model(model, folder, {})
     return folder / onnx_format.FILE

@@ -62,6 +62,10 @@ def test_by_channel_the_ranges_of_an_activation_come_closer():
         peak = run(each, images, "wide_act")[0].max((0, 2, 3))
         spread.append(peak.max() / numpy.median(peak))
     assert spread[1] < 0.1 * spread[0]
+    # The same share of the range and of the weights that read it, channel by channel: equation 11 with other ranges.
+    peak = run(made, images, "wide_act")[0].max((0, 2, 3))
+    ratio = peak / numpy.abs(tensors(made)["next.weight"]).max((0, 2, 3))
+    assert ratio[peak > 0] == pytest.approx(numpy.median(ratio[peak > 0]), rel=0.02)
     assert numpy.array_equal(tensors(made)["stem.weight"], tensors(model)["stem.weight"])  # read by a depthwise layer
 
 

@@ -96,3 +96,9 @@ def test_arm_adds_alike_once_the_sums_are_settled_and_otherwise_before(tmp_path,
         differing.append(int((numpy.load(tmp_path / "sums.npy") != here).sum()))
     assert differing[0] > 0
     assert differing[1] == 0
+
+
+def test_a_signed_grid_is_the_unsigned_one_moved():
+    moved = [(grid[0], numpy.int8(grid[1] - 128)) for grid in (A, B, SUM)]
+    assert distance(moved[0], moved[1], moved[2]) == distance(A, B, SUM)
+    assert settle(moved[0], moved[1], moved[2]) == (settle(A, B, SUM)[0], moved[2][1])
