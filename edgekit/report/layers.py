@@ -60,7 +60,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     right.axvline(0, color="#555555", linewidth=0.8)
     title = f"{document['images']} {document['split']} images"
     right.set(title=title, xlabel="change of accuracy, points (95 %)")
-    right.legend(frameon=False)
+    figure.legend(frameon=False, ncols=2, loc="outside lower right")  # inside it would cover intervals
     right.grid(alpha=0.3)
     with writing(path) as part:
         figure.savefig(part, dpi=110, format="png")

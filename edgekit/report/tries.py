@@ -16,10 +16,10 @@ def to_table(record: Mapping[str, Any]) -> Table:
     for one in record["tries"]:
         kept = ", kept" if one["name"] == record["kept"] else ""
         times = " / ".join(f"{ratio:.2f}" for ratio in one["speed"].values())
-        batches = ", ".join(one["speed"])
         change, held = words.signed(Change(**one["change"])), "held" if one["held"] else "missed"
-        rows.append((one["name"], f"{one['bytes'] / 1000:,.0f}", f"{times} ({batches})", change, held + kept))
-    return listing.to_table(("try", "kB", "x fp32's speed (batch)", "robust change, points", ""), rows)
+        rows.append((one["name"], f"{one['bytes'] / 1000:,.0f}", times, change, held + kept))
+    batches = " / ".join(record["tries"][0]["speed"])
+    return listing.to_table(("try", "kB", f"x fp32 at {batches}", "robust, points", ""), rows)
 
 
 def closing(record: Mapping[str, Any]) -> str:

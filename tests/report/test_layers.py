@@ -68,7 +68,7 @@ def test_the_tries_say_which_was_kept_and_why():
     text = shown(tries.to_table(record))
     assert "\x1b" not in text and "[red]a[/red]" in text
     lines = [line for line in text.splitlines() if "912" in line]
-    assert "1.50 / 2.25 (1, 32)" in lines[0] and lines[0].rstrip().endswith("missed")
+    assert "x fp32 at 1 / 32" in text and "1.50 / 2.25 " in lines[0] and lines[0].rstrip().endswith("missed")
     assert lines[1].rstrip().endswith("held, kept")
     assert "at most 0.5 points on 1,000 validation images" in tries.closing(record)
     assert tries.closing(record | {"held": False}).startswith("No try")
