@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy
 import onnx
 import pytest
@@ -20,7 +21,7 @@ from edgekit.errors import EdgekitError
 from edgekit.formats import onnx as format
 from edgekit.methods import METHODS
 from edgekit.models import Network
-from edgekit.quantize import SCHEMES, qat, qdq, quantize
+from edgekit.quantize import SCHEMES, Quantized, qat, quantize
 from edgekit.recipe import Recipe, read
 from edgekit.runs import Run
 
@@ -193,18 +194,25 @@ def test_ranges_follow_the_weights_first_and_then_stand_still(place):
     assert measured == list(range(10, 101, 10))
 
 
+def coarse(*arguments: Any) -> Quantized:
+    """A quantization to weights of -1, 0 and 1: the largest of each channel is 64 before."""
+    made = quantize(*arguments)
+    integers = {tensor.name for tensor in made.model.graph.initializer if tensor.name.endswith("_quantized")}
+    for tensor in made.model.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor)
+        if tensor.name in integers:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(numpy.rint(value / 64).astype(value.dtype), tensor.name))
+        elif tensor.name.replace("_scale", "_quantized") in integers:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(64 * value, tensor.name))
+    return made
+
+
 def test_it_mends_a_bad_quantization(place, monkeypatch):
-    """Weights of -1, 0 and 1: agreement with the float student, the source of the soft labels, rises."""
-
-    def coarse(weights, stored, *, pairs, rule):
-        scale = numpy.abs(weights).reshape(len(weights), -1).max(1).astype(numpy.float32)
-        integers = numpy.rint(weights / scale.reshape(-1, *[1] * (weights.ndim - 1))).astype(numpy.int8)
-        return integers, scale, numpy.zeros(len(scale), numpy.int8)
-
-    monkeypatch.setattr(qdq, "weigh", coarse)
+    """Agreement with the float student, the source of the soft labels, rises."""
+    monkeypatch.setattr(qat, "quantize", coarse)
     found = dataset()
     images = found.test.floats()[:500]
-    begun = quantize(onnx.load("float.onnx"), found.calibration.floats(), SCHEME).model
+    begun = coarse(onnx.load("float.onnx"), found.calibration.floats(), SCHEME).model
     expected = predict(student(), images).argmax(1)
     plain = (logits(begun, "plain", images).argmax(1) == expected).float().mean()
     made = learn("trained", "qat.epochs=6", "qat.learning_rate=0.03").model
@@ -257,6 +265,9 @@ def test_export_keeps_the_trained_file_and_its_control_side_by_side(place, monke
     assert wanted.items() <= trained["qat"].items()
     said = capsys.readouterr().err
     assert "onnx-int8-qat: trained further, best after epoch" in said
+    schema = json.loads((Path(edgekit.__file__).parent / "schemas/artifact.json").read_text())
+    for name in found:
+        jsonschema.validate(json.loads(Path(f"run/artifacts/{name}/artifact.json").read_text()), schema)
     # Neither is the plain file, nor the student.
     files = [Path(f"run/artifacts/{name}/model.onnx").read_bytes() for name in ("onnx-int8", "onnx-int8-qat")]
     assert files[0] != files[1]
