@@ -19,6 +19,7 @@ from edgekit.files import digest
 from edgekit.quantize.calibrate import ranges
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.settings import Settings
+from edgekit.quantize.shield import shield
 from edgekit.quantize.slim import storable
 from edgekit.quantize.ties import settle
 
@@ -77,7 +78,7 @@ def quantize(model: onnx.ModelProto, images: Tensor, scheme: Scheme, settings: S
         if node.op_type == "Add" and result in parameters:
             scale, zero = settle(parameters[node.input[0]], parameters[node.input[1]], parameters[result])
             parameters[result] = scale, numpy.uint8(zero)
-    written = _write(source, graph, chosen, removed, parameters, scheme)
+    written = shield(_write(source, graph, chosen, removed, parameters, scheme))
     record = {"images": len(images), "sha256": digest(images.contiguous().numpy().tobytes()), "method": "min-max"}
     kinds = {id(node) for node in chosen} | {id(follower) for follower in absorbed.values()}
     floats = Counter(node.op_type for node in source.graph.node if id(node) not in kinds and node.op_type != "Constant")
