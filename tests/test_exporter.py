@@ -149,6 +149,10 @@ def test_the_default_files_and_their_records(exported: tuple[Path, dict[str, Any
     assert low["scheme"]["cannot_saturate"] is True
     assert "scheme" not in full
     assert "calibration" not in full
+    # Two convolutions, the average, the dense layer, and what moves integers; the normalization stays float.
+    assert low["operators"]["int8"] >= 4
+    assert low["operators"]["float"] == {"Div": 1, "QuantizeLinear": 1, "Sub": 1}
+    assert "operators" not in full
     assert artifact.load(run.artifacts / "onnx-int8").bytes < artifact.load(run.artifacts / "onnx-fp32").bytes
 
 
@@ -173,6 +177,14 @@ def test_the_comparison_is_with_the_student_on_validation_images(exported: tuple
         assert one["against_float"]["max_abs_difference"] == pytest.approx(difference, abs=1e-5)
         if one["precision"] == "int8":
             assert abs(figures[1][2] - difference) > 1e-4
+
+
+def test_what_runs_on_integers_is_said(exported: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]):
+    written = artifact.load(exported[0] / "runs/small-1/artifacts/onnx-int8")
+    exporter._tell(written)
+    count = written.record["operators"]["int8"]
+    said = f"ONNX Runtime runs {count} operators on integers; in float: 1 Div, 1 QuantizeLinear, 1 Sub"
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_calibration_is_the_split_of_that_name(exported: tuple[Path, dict[str, Any]]):
