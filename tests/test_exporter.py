@@ -22,6 +22,7 @@ from edgekit.errors import EdgekitError
 from edgekit.exporter import export
 from edgekit.files import digest, sha256
 from edgekit.formats import FORMATS, onnx, torchscript
+from edgekit.quantize import start
 from edgekit.recipe import read
 
 ALL = ["onnx-fp32", "torchscript-fp32", "onnx-int8"]
@@ -193,7 +194,7 @@ def test_calibration_is_the_split_of_that_name(exported: tuple[Path, dict[str, A
     images = dataset.calibration.floats()
     if record["adversarial"]:  # chosen or not: the record counts what the ranges were made of
         student = models.load(exported[0] / "runs/small-1/student.safetensors", factory=f"{__name__}:small")
-        images = torch.cat([images, exporter._iterates(student, dataset.calibration, 0.05)])
+        images = torch.cat([images, start.iterates(student, dataset.calibration, 0.05)])
     assert record["images"] == len(images)
     assert record["sha256"] == digest(images.numpy().tobytes())
 
@@ -211,7 +212,7 @@ def test_the_choice_rests_on_validation_images_and_the_last_iterates_of_an_attac
     run = runs.Run(place / "runs/small-1")
     dataset = data.load(read(run.recipe_file).data)
     student = models.load(run.student, factory=f"{__name__}:small")
-    evidence = exporter._evidence(student, dataset, 0.05)
+    evidence = start.evidence(student, dataset, 0.05)
     assert evidence.clean.equal(dataset.validation.floats())
     assert evidence.calibration.equal(dataset.calibration.floats())
     for clean, adversarial, labels in (
@@ -244,7 +245,7 @@ def test_plain_and_tuned_stand_side_by_side(again: runs.Run, capsys: pytest.Capt
     assert not export(int8=True)["artifacts"][2]["written"]
     before = inside(again)
     export(formats="onnx", int8=True, force=True)
-    assert "onnx-int8: of 9 quantizations chosen: " in capsys.readouterr().err
+    assert "Of 9 int8 quantizations chosen: " in capsys.readouterr().err
     assert inside(again) == before  # the choice is the same, and so is every byte
     with pytest.raises(EdgekitError, match=r"--ptq: there is no quantization 'plan'\. Did you mean 'plain'"):
         export(int8=True, ptq="plan")

@@ -51,34 +51,39 @@ def plain(model: onnx.ModelProto, student: Network, dataset: Dataset, epsilon: f
 
 def tuned(model: onnx.ModelProto, student: Network, dataset: Dataset, epsilon: float, scheme: Scheme) -> Start:
     """The best of choice.CANDIDATES on validation images, clean and attacked within `epsilon`; no test image."""
-    measured = dataset.validation[data.stratified(dataset.validation.labels, MEASURED, 0)]
-    attacked = dataset.calibration[data.stratified(dataset.calibration.labels, ATTACKED, 0)]
-    adversarial = _iterates(student, measured, epsilon)
-    evidence = Evidence(
-        dataset.calibration.floats(),
-        _iterates(student, attacked, epsilon),
-        measured.floats(),
-        adversarial,
-        (predict(student, measured.floats()), predict(student, adversarial)),
-    )
-    made, candidates = select(model, scheme, evidence)
+    rests = evidence(student, dataset, epsilon)
+    made, candidates = select(model, scheme, rests)
     taken = next(one for one in candidates if one.settings.record().items() <= made.calibration.items())
     clean, hostile = (f"{100 * value:.1f} %" for value in taken.agreement)
     say(
         f"Of {len(candidates)} int8 quantizations chosen: {taken.settings}; agrees with the student on {clean} of "
-        f"{len(measured)} validation images, on {hostile} of them attacked (PGD-{STEPS} on the student)"
+        f"{len(rests.clean)} validation images, on {hostile} of them attacked (PGD-{STEPS} on the student)"
     )
-    images = (
-        torch.cat([evidence.calibration, evidence.attacked]) if taken.settings.adversarial else evidence.calibration
-    )
-    record = {"ptq": "tuned", "measured_on": len(measured), "candidates": [one.record() for one in candidates]}
+    images = rests.calibration
+    if taken.settings.adversarial:
+        images = torch.cat([images, rests.attacked])
+    record = {"ptq": "tuned", "measured_on": len(rests.clean), "candidates": [one.record() for one in candidates]}
     return Start(model, scheme, taken.settings, images, made, record)
+
+
+def evidence(student: Network, dataset: Dataset, epsilon: float) -> Evidence:
+    """What the choice rests on: images of the validation and calibration splits, clean and attacked."""
+    measured = dataset.validation[data.stratified(dataset.validation.labels, MEASURED, 0)]
+    attacked = dataset.calibration[data.stratified(dataset.calibration.labels, ATTACKED, 0)]
+    adversarial = iterates(student, measured, epsilon)
+    return Evidence(
+        dataset.calibration.floats(),
+        iterates(student, attacked, epsilon),
+        measured.floats(),
+        adversarial,
+        (predict(student, measured.floats()), predict(student, adversarial)),
+    )
 
 
 PTQ: dict[str, Callable[[onnx.ModelProto, Network, Dataset, float, Scheme], Start]] = {"tuned": tuned, "plain": plain}
 
 
-def _iterates(student: Network, split: Split, epsilon: float) -> Tensor:
+def iterates(student: Network, split: Split, epsilon: float) -> Tensor:
     """The last iterates of PGD on the float student, whether they fool it or not."""
     attack, seeds = Inner(epsilon, epsilon / 4, STEPS), derive(0, samples=split.index)
     # A copy: an attack is faster where channels lie together, and what is exported stays as it was.
