@@ -126,7 +126,8 @@ def export(
             "the student is trained already; only keys of the table [qat] can be set", where=f"--set {wrong[0]}"
         )
     student = models.load(place.student, factory=recipe.student.architecture)
-    order = Order(place, made_from, recipe, student, ptq, robust_drop, qat, listed, force)
+    typed = _typed(place, ptq, sensitivity, robust_drop, qat, qat_control, listed, formats, label, force)
+    order = Order(place, made_from, recipe, student, ptq, robust_drop, qat, typed, force)
     standing = [_standing(place.artifacts / job.name, order, job) for job in jobs]
     unmeasured = sensitivity and any(
         job.precision == "int8" and not (place.artifacts / job.name / layers.FILE).is_file() for job in jobs
@@ -277,7 +278,7 @@ def _qat_record(job: Job, recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for, of which run."""
+    """What was asked for, of which run; `typed`: the command that asks for the same again."""
 
     place: Run
     made_from: dict[str, Any]
@@ -286,7 +287,7 @@ class Order:
     ptq: str
     robust_drop: float | None
     qat: bool
-    overrides: Sequence[str]
+    typed: str
     force: bool
 
 
@@ -374,20 +375,31 @@ class Stock:
                 restart=order.force,
             )
         except KeyboardInterrupt:
-            say(f"Interrupted. Continue with: {_continue(order, label, control=job.precision == 'fp32')}")
+            say(f"Interrupted. Continue with: {order.typed}")
             raise
 
 
-def _continue(order: Order, label: str, *, control: bool) -> str:
-    """The command that goes on where training was interrupted."""
-    typed = ["edgekit", "export", str(order.place.folder), "--int8", "--qat"]
-    typed += ["--qat-control"] if control else []
-    typed += ["--ptq", order.ptq] if order.ptq != "tuned" else []
-    typed += ["--robust-drop", f"{100 * order.robust_drop:g}"] if order.robust_drop is not None else []
-    typed += [part for override in order.overrides for part in ("--set", override)]
-    label = label.removesuffix(".control")
-    typed += ["--label", label] if label != "qat" else []
-    return shlex.join([*typed, *(["--force"] if order.force else [])])
+def _typed(
+    place: Run,
+    ptq: str,
+    sensitivity: bool,
+    robust_drop: float | None,
+    qat: bool,
+    control: bool,
+    overrides: Sequence[str],
+    formats: str | Sequence[str] | None,
+    label: str | None,
+    force: bool,
+) -> str:
+    """The command that asks for the same."""
+    typed = ["edgekit", "export", str(place.folder), "--int8", *["--qat"] * qat, *["--qat-control"] * control]
+    typed += [part for override in overrides for part in ("--set", override)]
+    typed += ["--ptq", ptq] if ptq != "tuned" else []
+    typed += ["--sensitivity"] * sensitivity
+    typed += ["--robust-drop", f"{100 * robust_drop:g}"] if robust_drop is not None else []
+    typed += ["--format", formats if isinstance(formats, str) else ",".join(formats)] if formats is not None else []
+    typed += ["--label", label] if label is not None else []
+    return shlex.join([*typed, *["--force"] * force])
 
 
 @dataclass(frozen=True)
