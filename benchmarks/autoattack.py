@@ -5,13 +5,14 @@ its AutoAttack wrapper, which leaves 10 steps. On the int8 file `deployed` is co
 can do: show the file the images that fooled the float student. Every image is judged in one way, by the float student
 in whole float32 and by the file in ONNX Runtime.
 
-    python benchmarks/autoattack.py --data FOLDER [--samples N] [--device cuda] [--quick] [--json]
+    python benchmarks/autoattack.py --data FOLDER [--samples N] [--device cuda] [--keep FOLDER] [--quick] [--json]
+
+It takes hours on a CPU: with --keep what is finished stays in a folder, and the same command goes on from there. The
+folder knows the student, the images and the version of edgekit, not its code: give changed code another.
 """
 
 import hashlib
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,11 +22,14 @@ from common import Row, about_machine, document, peers, publish, start
 from common.students import CIFAR10, int8_file, picked, robust
 from torch import Tensor
 
-from edgekit import machine, models, twin
+from edgekit import __version__, machine, models, twin
+from edgekit.archive import Page
 from edgekit.attacks import parse
-from edgekit.attacks.campaign import Outcome, confront
+from edgekit.attacks.campaign import CHUNK, Forgetful, Memory, Outcome, Part, confront
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.console import say
+from edgekit.errors import EdgekitError
+from edgekit.files import digest, sha256
 from edgekit.formats import onnx as onnx_format
 from edgekit.models.fold import fold
 
@@ -41,11 +45,16 @@ def main(
     ] = None,
     samples: Annotated[int, typer.Option(min=10, help="Images to attack; not for --quick.")] = SAMPLES,
     device: Annotated[str, typer.Option(help="Where gradients are computed; the file is judged on the CPU.")] = "cpu",
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where finished parts stay, to go on from; on a CPU alone.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="64 of the 100 images in the repository, 10 steps.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Robust accuracy under edgekit's suites and under torchattacks'."""
     place = machine.device(device)
+    if keep is not None and place.type != "cpu":
+        raise EdgekitError("parts are kept on a CPU alone", where="--keep", mend="Leave it out")
     torch.set_flush_denormal(True)
     torch.backends.cudnn.allow_tf32 = False
     count = QUICK_SAMPLES if quick else samples
@@ -61,15 +70,42 @@ def main(
         say(f"{name}: {100 * share:.1f} % robust, {seconds:.0f} s, images {pixels[:16]}")
         return 100 * share
 
-    def timed(work: Callable[[], Outcome]) -> tuple[Outcome, float]:
-        begin = time.perf_counter()
-        outcome = work()
-        return outcome, time.perf_counter() - begin
+    def memory(judge: str) -> Memory:
+        """Of one judge, and of these images."""
+        if keep is None:
+            return Forgetful()
+        keep.mkdir(parents=True, exist_ok=True)
+        return Page(keep, digest(judge, sha256(CIFAR10.weights), images.numpy().tobytes(), __version__))
 
-    def confronted(judge: Classifier, sources: dict[str, Classifier], names: str) -> tuple[Outcome, float]:
-        return timed(
-            lambda: confront(judge, sources, parse(names), images, labels, index.to(place), seed=0, epsilon=EPSILON)
+    def confronted(
+        judge: Classifier, sources: dict[str, Classifier], names: str, kept: Memory
+    ) -> tuple[Outcome, float]:
+        outcome = confront(
+            judge,
+            sources,
+            parse(names),
+            images,
+            labels,
+            index.to(place),
+            seed=0,
+            epsilon=EPSILON,
+            memory=kept,
+            advance=lambda attack, samples: say(f"{attack.name}: {samples} images more"),
         )
+        return outcome, sum(outcome.seconds.values())
+
+    def replayed_from(attackers: peers.Attackers, attack: str, steps: int) -> tuple[Tensor, float]:
+        """Images of a peer's attack, and seconds; a GPU takes all samples at once, a CPU as many as edgekit does."""
+        kept, parts = memory("peers"), list[Part]()
+        for number, chunk in enumerate(torch.arange(count).split(CHUNK if place.type == "cpu" else count)):
+            part = kept.recall(f"{attack} {steps}", "float", number)
+            if part is None:
+                found, seconds = attackers.run(attack, images[chunk], labels[chunk], epsilon=EPSILON, steps=steps)
+                part = Part(found, torch.empty(0), seconds)
+                kept.keep(f"{attack} {steps}", "float", number, part)
+                say(f"{attack}, {steps} steps: {len(chunk)} images more")
+            parts.append(part)
+        return torch.cat([part.adversarial for part in parts]), sum(part.seconds for part in parts)
 
     with tempfile.TemporaryDirectory() as scratch:
         plain = models.load(CIFAR10.weights).requires_grad_(False)
@@ -79,10 +115,10 @@ def main(
         torch.set_flush_denormal(True)  # the first session turns it off
         steps = WRAPPER if quick else OFFICIAL
         suite = f"apgd{steps},apgdt{steps},fab{steps},square{500 if quick else 5000}"
-        outcome, seconds = confronted(student, {"float": student}, suite)
+        outcome, seconds = confronted(student, {"float": student}, suite, memory("float"))
         mine = note("edgekit, autoattack, float", student, outcome.adversarial, seconds)
         own = outcome.adversarial
-        outcome, seconds = confronted(file, {"float": student, "twin": copy}, "deployed")
+        outcome, seconds = confronted(file, {"float": student, "twin": copy}, "deployed", memory(sha256(path)))
         deployed = note("edgekit, deployed, int8", file, outcome.adversarial, seconds)
         note("edgekit's autoattack images on int8", file, own, 0.0)
         with peers.Attackers(CIFAR10.weights, threads=machine.cores()) as attackers:
@@ -92,7 +128,7 @@ def main(
                 (f"AutoAttack, {WRAPPER} steps", "torchattacks-autoattack", WRAPPER),
                 *([] if quick else [(f"AutoAttack, {OFFICIAL} steps", "torchattacks-autoattack", OFFICIAL)]),
             ):
-                found, seconds = attackers.run(attack, images, labels, epsilon=EPSILON, steps=taken)
+                found, seconds = replayed_from(attackers, attack, taken)
                 accuracy = note(f"torchattacks, {name}, float", student, found, seconds)
                 replayed[name] = (accuracy, note(f"torchattacks' {name} images on int8", file, found, 0.0))
     rows = []

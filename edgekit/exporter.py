@@ -1,14 +1,11 @@
 """Student + formats -> artifacts, each opened again in its own runtime and compared before it is called written."""
 
 import contextlib
-import copy
 import importlib.metadata
 import json
 import platform
-import shlex
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,50 +17,26 @@ import edgekit
 from edgekit import artifact as artifacts
 from edgekit import data, judge, machine, models, quantize, runs
 from edgekit.artifact import Artifact
-from edgekit.assignment import attackable
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
-from edgekit.data import Dataset, Split
 from edgekit.errors import EdgekitError, choose
 from edgekit.files import sha256, write_json, writing_folder
 from edgekit.formats import FORMATS, onnx
+from edgekit.jobs import Job, Order, listed, made_from, trained, typed
 from edgekit.machine import interleaved
-from edgekit.models import Network
-from edgekit.quantize import ladder
 from edgekit.quantize.ladder import Kept, Material
-from edgekit.quantize.start import PTQ, Start
-from edgekit.recipe import Recipe, read, split_override
+from edgekit.quantize.start import PTQ
+from edgekit.recipe import read, split_override
 from edgekit.report import layers
 from edgekit.runs import Run
+from edgekit.stock import Made, Stock
 from edgekit.verdict import to_dict
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from edgekit.quantize.qat import Learnt
 
-DEFAULT_FORMATS = ("onnx", "torchscript")
-# What a format can be written in; further ones come with their own modules.
-PRECISIONS = {"onnx": ("fp32", "int8"), "torchscript": ("fp32",)}
-# Names that CLI.md fixes for formats yet to come: whoever types one has misspelt nothing.
-LATER = ("tensorrt", "executorch", "litert", "openvino", "ncnn", "coreml")
-COMPARED = 1000  # validation images at most
 AGREES = 0.99  # an fp32 file that decides otherwise on more than 1 % of the images is not the student
-
-
-@dataclass(frozen=True)
-class Job:
-    """One artifact to be written; a `trained` one goes on training (quantize/qat.py), in fp32 as the int8 one's
-    control."""
-
-    format: str
-    precision: str
-    label: str | None
-    trained: bool = False
-
-    @property
-    def name(self) -> str:
-        return "-".join(part for part in (self.format, self.precision, self.label) if part)
 
 
 def export(
@@ -108,26 +81,26 @@ def export(
             or a file that does not answer as the student does.
         KeyboardInterrupt: training was interrupted; after one line that says how to continue.
     """
-    jobs = _jobs(formats, int8, fp16, label)
-    listed = (overrides,) if isinstance(overrides, str) else tuple(overrides)
+    jobs = listed(formats, int8, fp16, label)
+    changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     _asked(int8, sensitivity, robust_drop)
     choose(dict.fromkeys(PTQ, ptq), ptq, "quantization", where="--ptq")
     if qat:
         # Where training is one try of several, the file is named as any other.
-        jobs = _trained(jobs, label or ("qat" if robust_drop is None else None), control=qat_control)
-    elif qat_control or listed:
-        raise EdgekitError("says how --qat trains", where=_option(qat_control, listed), mend="Add --qat")
+        jobs = trained(jobs, label or ("qat" if robust_drop is None else None), control=qat_control)
+    elif qat_control or changes:
+        raise EdgekitError("says how --qat trains", where=_option(qat_control, changes), mend="Add --qat")
     place = runs.find(run)
     torch.set_flush_denormal(True)
-    made_from = _made_from(place)
-    recipe = read(place.recipe_file, listed)
-    if wrong := [override for override in listed if split_override(override)[0][0] != "qat"]:
+    source = made_from(place)
+    recipe = read(place.recipe_file, changes)
+    if wrong := [override for override in changes if split_override(override)[0][0] != "qat"]:
         raise EdgekitError(
             "the student is trained already; only keys of the table [qat] can be set", where=f"--set {wrong[0]}"
         )
     student = models.load(place.student, factory=recipe.student.architecture)
-    typed = _typed(place, ptq, sensitivity, robust_drop, qat, qat_control, listed, formats, label, force)
-    order = Order(place, made_from, recipe, student, ptq, robust_drop, qat, typed, force)
+    again = typed(place, ptq, sensitivity, robust_drop, qat, qat_control, changes, formats, label, force)
+    order = Order(place, source, recipe, student, ptq, robust_drop, qat, again, force)
     standing = [_standing(place.artifacts / job.name, order, job) for job in jobs]
     unmeasured = sensitivity and any(
         job.precision == "int8" and not (place.artifacts / job.name / layers.FILE).is_file() for job in jobs
@@ -137,7 +110,7 @@ def export(
     # Reading the data may take a while; where nothing is to be written nobody waits for it.
     if not all(standing) or unmeasured:
         dataset = data.load(recipe.data)
-        if dataset.sha256 != made_from["data_sha256"]:
+        if dataset.sha256 != source["data_sha256"]:
             raise EdgekitError(
                 "the data has changed since the student was trained", where=dataset.name, mend="Train again"
             )
@@ -183,67 +156,11 @@ def _asked(int8: bool, sensitivity: bool, robust_drop: float | None) -> None:
         raise EdgekitError(f"should be between 0 and 100 points, not {100 * robust_drop:g}", where="--robust-drop")
 
 
-def _jobs(formats: str | Sequence[str] | None, int8: bool, fp16: bool, label: str | None) -> list[Job]:
-    if label is not None and (not label or not all(letter.isalnum() or letter in "._" for letter in label)):
-        raise EdgekitError("a label is made of letters, digits, '.' and '_'", where=f"--label {label}")
-    if formats is None:
-        if fp16:
-            raise EdgekitError("no format is written in fp16 by this version", where="--fp16", mend="Use --int8")
-        jobs = [Job(format, "fp32", label) for format in DEFAULT_FORMATS]
-        return [*jobs, Job("onnx", "int8", label)] if int8 else jobs
-    listed = formats.split(",") if isinstance(formats, str) else formats
-    names = list(dict.fromkeys(stripped for name in listed if (stripped := name.strip())))
-    if not names:
-        raise EdgekitError("no format is named", where="--format", mend=f"Known: {', '.join(FORMATS)}, all")
-    if "all" in names:
-        names = list(FORMATS)
-    wanted = ["fp32", *(["int8"] if int8 else []), *(["fp16"] if fp16 else [])]
-    known = "Written: " + ", ".join(f"{one} {'/'.join(kinds)}" for one, kinds in PRECISIONS.items())
-    for name in names:
-        if name in LATER:
-            raise EdgekitError(f"{name} is not written by this version", where="--format", mend=known)
-        choose(FORMATS, name, "format", where="--format")
-        for precision in wanted:
-            if precision not in PRECISIONS[name]:
-                raise EdgekitError(
-                    f"{name} is not written in {precision} by this version", where="--format", mend=known
-                )
-    return [Job(name, precision, label) for name in names for precision in wanted]
-
-
-def _trained(jobs: Sequence[Job], label: str | None, *, control: bool) -> list[Job]:
-    """The same with every int8 file trained, and its control beside it."""
-    if not any(job.precision == "int8" for job in jobs):
-        raise EdgekitError("what it trains is an int8 file", where="--qat", mend="Add --int8")
-    made = [replace(job, label=label, trained=True) if job.precision == "int8" else job for job in jobs]
-    return [*made, Job("onnx", "fp32", f"{label or 'qat'}.control", trained=True)] if control else made
-
-
 def _option(control: bool, overrides: Sequence[str]) -> str:
     return "--qat-control" if control else f"--set {overrides[0]}"
 
 
-def _made_from(run: Run) -> dict[str, Any]:
-    info = run.info()
-    if sha256(run.student) != info.get("student_sha256"):
-        raise EdgekitError(
-            "the student has changed since it was trained (its sha256 is not the one in run.json)", where=run.student
-        )
-    try:
-        return {
-            "run": run.folder.resolve().name,  # its own name, also where it was reached through runs/latest or "."
-            "seed": info["seed"],
-            "student_sha256": info["student_sha256"],
-            "recipe_sha256": sha256(run.recipe_file),
-            "data_sha256": info["data"]["sha256"],
-        }
-    except (KeyError, TypeError, FileNotFoundError):
-        raise EdgekitError(
-            "run.json and recipe.toml do not say what the student was trained on", where=run.folder, mend="Train again"
-        ) from None
-
-
-def _standing(folder: Path, order: "Order", job: Job) -> bool:
+def _standing(folder: Path, order: Order, job: Job) -> bool:
     """Whether this very artifact is there already; another one under its name is refused."""
     if order.force or not folder.exists():
         return False
@@ -255,12 +172,15 @@ def _standing(folder: Path, order: "Order", job: Job) -> bool:
     scheme = quantize.SCHEMES["x86"].record() if job.precision == "int8" else None
     same = [there.get("made_from") == order.made_from, there.get("edgekit") == edgekit.__version__]
     same.append(there.get("scheme") == scheme)
+    searched = there.get("robust_drop", {})
     if job.precision == "int8":
         same.append(there["calibration"].get("ptq", "plain") == order.ptq)
-        same.append(there.get("robust_drop", {}).get("allowed") == order.robust_drop)
-    if order.robust_drop is None or job.precision == "fp32":  # a search may have come to an end before it trained
+        same.append(searched.get("allowed") == order.robust_drop)
+    if order.robust_drop is not None and job.precision == "int8":  # it may have come to its end before it trained
+        same.append(searched.get("training") == order.last(job).get("training"))
+    else:
         trained = {key: value for key, value in there.get("qat", {}).items() if key != "validation"}
-        same.append(trained == _qat_record(job, order.recipe))
+        same.append(trained == order.training(job))
     if not all(same):
         raise EdgekitError(
             "another artifact has this name", where=folder, mend="Use --label to keep both, or --force to replace it"
@@ -268,150 +188,8 @@ def _standing(folder: Path, order: "Order", job: Job) -> bool:
     return True
 
 
-def _qat_record(job: Job, recipe: Recipe) -> dict[str, Any]:
-    if not job.trained:
-        return {}
-    from edgekit.quantize import qat
-
-    return qat.asked(recipe, control=job.precision == "fp32")
-
-
-@dataclass(frozen=True)
-class Order:
-    """What was asked for, of which run; `typed`: the command that asks for the same again."""
-
-    place: Run
-    made_from: dict[str, Any]
-    recipe: Recipe
-    student: Network
-    ptq: str
-    robust_drop: float | None
-    qat: bool
-    typed: str
-    force: bool
-
-
-@dataclass(frozen=True)
-class Stock:
-    """What int8 graphs of the student are made of; each part is made when it is first needed, and once."""
-
-    order: Order
-    dataset: Dataset
-
-    @cached_property
-    def chosen(self) -> Split:
-        """The validation images that files are compared on."""
-        validation = self.dataset.validation
-        return validation[data.stratified(validation.labels, COMPARED, 0)]
-
-    @cached_property
-    def start(self) -> Start:
-        student, recipe = self.order.student, self.order.recipe
-        begin = PTQ[self.order.ptq]
-        return begin(onnx.lower(student), student, self.dataset, recipe.inner.epsilon, quantize.SCHEMES["x86"])
-
-    def material(self, kept: Kept, note: Callable[[str], None]) -> Material:
-        """What tries of a search are made of and measured with."""
-        start, network = self.start, attackable(copy.deepcopy(self.order.student))
-        about = (start.model, start.images, start.scheme, start.settings)
-        return Material(*about, network, self.chosen, self.order.recipe.inner.epsilon, kept, note)
-
-    def make(self, job: Job, material: Material | None, full: Path | None) -> "Made | None":
-        """The graph of a job, with what artifact.json says of it; None for the student as it is.
-
-        Args:
-            full: the fp32 artifact that a search holds its tries against.
-        """
-        if job.precision == "fp32":
-            return Made(learnt.model, {"qat": learnt.record}) if job.trained and (learnt := self._learn(job)) else None
-        more: dict[str, Any] = {}
-        if material is not None and full is not None and self.order.robust_drop is not None:
-            steps = (*ladder.STEPS, lambda _: self._last_step(job)) if self.order.qat else ladder.STEPS
-            about = (artifacts.load(full).path, _metadata(self.order.student, self.order.made_from))
-            found = ladder.search(material, self.order.robust_drop, *about, steps)
-            made, more = found.made, {"robust_drop": found.record()}
-        elif job.trained:
-            made = self._further(job)
-        else:
-            made = self.start.made
-        if made.trained is not None:
-            more["qat"] = made.trained
-        record = {
-            "scheme": self.start.scheme.record(),
-            "calibration": made.calibration | self.start.record,
-            "in_float": made.in_float,
-            "float_layers": made.float_layers,
-        }
-        return Made(quantize.slim(made.model), record | more)
-
-    def _last_step(self, job: Job) -> Iterator[ladder.Rung]:
-        yield ladder.Rung("trained further", self.start.settings.in_float, partial(self._further, job))
-
-    def _further(self, job: Job) -> quantize.Quantized:
-        learnt = self._learn(job)
-        return replace(learnt.made, model=learnt.model, trained=learnt.record)
-
-    def _learn(self, job: Job) -> "Learnt":
-        """Train what the job is to hold, in runs/NAME/qat/LABEL, from where it was interrupted."""
-        from edgekit import train
-        from edgekit.quantize import qat
-
-        train.alone()
-        order, start = self.order, self.start
-        label = job.label or "qat"
-        try:
-            return qat.learn(
-                start.model,
-                order.student,
-                order.recipe,
-                self.dataset,
-                start.images,
-                start.scheme,
-                Run(order.place.folder / "qat" / label),
-                student_sha256=order.made_from["student_sha256"],
-                settings=start.settings,
-                control=job.precision == "fp32",
-                threads=order.place.info().get("threads", 1),
-                restart=order.force,
-            )
-        except KeyboardInterrupt:
-            say(f"Interrupted. Continue with: {order.typed}")
-            raise
-
-
-def _typed(
-    place: Run,
-    ptq: str,
-    sensitivity: bool,
-    robust_drop: float | None,
-    qat: bool,
-    control: bool,
-    overrides: Sequence[str],
-    formats: str | Sequence[str] | None,
-    label: str | None,
-    force: bool,
-) -> str:
-    """The command that asks for the same."""
-    typed = ["edgekit", "export", str(place.folder), "--int8", *["--qat"] * qat, *["--qat-control"] * control]
-    typed += [part for override in overrides for part in ("--set", override)]
-    typed += ["--ptq", ptq] if ptq != "tuned" else []
-    typed += ["--sensitivity"] * sensitivity
-    typed += ["--robust-drop", f"{100 * robust_drop:g}"] if robust_drop is not None else []
-    typed += ["--format", formats if isinstance(formats, str) else ",".join(formats)] if formats is not None else []
-    typed += ["--label", label] if label is not None else []
-    return shlex.join([*typed, *["--force"] * force])
-
-
-@dataclass(frozen=True)
-class Made:
-    """A graph to be written as it is, and its part of artifact.json."""
-
-    model: "ModelProto"
-    record: dict[str, Any]
-
-
 def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | None) -> None:
-    student, metadata = order.student, _metadata(order.student, order.made_from)
+    student, metadata = order.student, order.metadata
     record: dict[str, Any] = {
         "schema": artifacts.SCHEMA,
         "edgekit": edgekit.__version__,
@@ -431,7 +209,7 @@ def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | 
         paths = sorted(part.iterdir())
         record |= {
             "files": [{"path": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths],
-            "input": _described(student),
+            "input": order.input,
             "outputs": "logits",
             "classes": list(student.classes),
             "made_from": order.made_from,
@@ -462,30 +240,6 @@ def _safe(model: "ModelProto", job: Job) -> None:
         raise EdgekitError(
             f"{sum(unsafe.values())} weight pairs could saturate, the first in {next(iter(unsafe))}", where=job.name
         )
-
-
-def _described(student: Network) -> dict[str, Any]:
-    """The `input` of artifact.json."""
-    channels, height, width = student.input_shape
-    return {
-        "shape": [None, channels, height, width],
-        "layout": "NCHW",
-        "range": [0, 1],
-        "normalization": "inside",
-        "resize": [height, width],
-        "crop": None,
-    }
-
-
-def _metadata(student: Network, made_from: dict[str, Any]) -> dict[str, str]:
-    """What the file itself says."""
-    return {
-        "edgekit": edgekit.__version__,
-        "classes": json.dumps(student.classes),
-        "input": json.dumps(_described(student)),
-        "outputs": "logits",
-        "student_sha256": made_from["student_sha256"],
-    }
 
 
 def _note(bar: Progress, task: TaskID, job: str, text: str) -> None:

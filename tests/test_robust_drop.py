@@ -281,6 +281,36 @@ def test_a_missed_budget_keeps_the_best_and_exits_1(two: Made, tmp_path: Path, m
     assert json.loads(again.stdout)["artifacts"][1]["robust_drop"] == record
 
 
+def test_training_is_the_last_try_and_is_recorded_whether_it_came_to_it(two: Made, tmp_path: Path, monkeypatch: Any):
+    run = there(two, tmp_path, monkeypatch)
+
+    def ask(**options: Any) -> dict[str, Any]:
+        return export(**{"int8": True, "formats": "onnx", "qat": True, **options})
+
+    # Everything may be lost: the first try holds, and nothing is trained.
+    ask(robust_drop=1.0, overrides="qat.epochs=1")
+    cheap = artifact.load(run.artifacts / "onnx-int8").record
+    assert [made["name"] for made in cheap["robust_drop"]["tries"]] == ["post-training"]
+    assert cheap["robust_drop"]["training"]["epochs"] == 1 and "qat" not in cheap
+    assert not (run.folder / "qat").exists()
+    # Nothing may be lost: it trains, and what was trained is in the tries, measured as the others are.
+    ask(robust_drop=0.0, overrides="qat.epochs=1", label="all")
+    written = artifact.load(run.artifacts / "onnx-int8-all")
+    schema(written.record)
+    record = written.record["robust_drop"]
+    assert [made["name"] for made in record["tries"]] == ["post-training", "1 layer in float", "trained further"]
+    best = max(record["tries"], key=lambda made: made["change"]["value"])
+    assert (record["kept"], best["sha256"]) == (best["name"], sha256(written.folder / "model.onnx"))
+    assert ("qat" in written.record) == (record["kept"] == "trained further")
+    assert runs.Run(run.folder / "qat/all").finished
+    # The same is found again; with another training, or with none, it is another artifact.
+    again = ask(robust_drop=0.0, overrides="qat.epochs=1", label="all")
+    assert [one["written"] for one in again["artifacts"]] == [False, False]
+    for other in ({"overrides": "qat.epochs=2"}, {"qat": False}):
+        with pytest.raises(EdgekitError, match="another artifact has this name"):
+            ask(robust_drop=0.0, label="all", **other)
+
+
 def test_sensitivity_beside_a_file_that_is_there_already(place: runs.Run):
     export(int8=True, formats="onnx")
     folder = place.artifacts / "onnx-int8"
