@@ -63,10 +63,12 @@ def main(
     student = fold(models.load(CIFAR10.weights).requires_grad_(False).to(place))
     outcomes: dict[str, dict[str, Any]] = {}
 
-    def note(name: str, judge: Classifier, adversarial: Tensor, seconds: float) -> float:
+    def note(
+        name: str, judge: Classifier, adversarial: Tensor, seconds: float, members: dict[str, float] | None = None
+    ) -> float:
         share = robust(judge, adversarial, images, labels, EPSILON)
         pixels = hashlib.sha256(adversarial.cpu().contiguous().numpy().tobytes()).hexdigest()
-        outcomes[name] = {"robust": share, "seconds": seconds, "sha256": pixels}
+        outcomes[name] = {"robust": share, "seconds": seconds, "members": members or {}, "sha256": pixels}
         say(f"{name}: {100 * share:.1f} % robust, {seconds:.0f} s, images {pixels[:16]}")
         return 100 * share
 
@@ -116,10 +118,10 @@ def main(
         steps = WRAPPER if quick else OFFICIAL
         suite = f"apgd{steps},apgdt{steps},fab{steps},square{500 if quick else 5000}"
         outcome, seconds = confronted(student, {"float": student}, suite, memory("float"))
-        mine = note("edgekit, autoattack, float", student, outcome.adversarial, seconds)
+        mine = note("edgekit, autoattack, float", student, outcome.adversarial, seconds, outcome.seconds)
         own = outcome.adversarial
         outcome, seconds = confronted(file, {"float": student, "twin": copy}, "deployed", memory(sha256(path)))
-        deployed = note("edgekit, deployed, int8", file, outcome.adversarial, seconds)
+        deployed = note("edgekit, deployed, int8", file, outcome.adversarial, seconds, outcome.seconds)
         note("edgekit's autoattack images on int8", file, own, 0.0)
         with peers.Attackers(CIFAR10.weights, threads=machine.cores()) as attackers:
             replayed = {}

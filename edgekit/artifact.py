@@ -10,7 +10,9 @@ from edgekit.files import sha256
 
 SCHEMA = 1
 # Which of an artifact's files is judged, by format: the others are the same network for another loader.
-JUDGED = {"onnx": "model.onnx", "torchscript": "model.pt"}
+JUDGED = {"onnx": "model.onnx", "torchscript": "model.pt", "openvino": "model.xml"}
+WEIGHTS = {"openvino": "model.bin"}  # of formats whose judged file holds none
+TWIN = "twin.onnx"  # where an int8 file is no ONNX file: the graph it was made of, for gradients
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,21 @@ class Artifact:
         return self.folder / JUDGED[self.format]
 
     @property
+    def graph(self) -> Path | None:
+        """The ONNX graph of an int8 file, itself or beside it."""
+        if self.precision != "int8":
+            return None
+        return self.path if self.format == "onnx" else self.folder / TWIN
+
+    @property
     def sha256(self) -> str:
         return next(file["sha256"] for file in self.record["files"] if file["path"] == self.path.name)
 
     @property
     def bytes(self) -> int:
-        return self.path.stat().st_size
+        """Of all that has to be shipped to run it."""
+        weights = WEIGHTS.get(self.format)
+        return self.path.stat().st_size + ((self.folder / weights).stat().st_size if weights else 0)
 
 
 def load(folder: Path) -> Artifact:

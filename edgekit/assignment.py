@@ -377,13 +377,12 @@ def _about(run: Run, one: Artifact) -> dict[str, Any]:
 
 
 def _subject(run: Run, one: Artifact, threads: int, chance: float, on: Sequence[str] | None, *, local: bool) -> Subject:
-    int8 = (one.format, one.precision) == ("onnx", "int8")
-    copy = twin.open(one.path) if int8 else None
+    copy = None if one.graph is None else twin.open(one.graph)
     opener = partial(judges.open, one, threads=threads)
     first = [opener()] if local else []  # a missing runtime shows here, before anything is attacked
     opened = lambda: first.pop() if first else opener()  # noqa: E731
     more: dict[str, Any]
-    if int8:
+    if one.graph == one.path:
         more = _numbers(one.path, foreign.read(one.path), None, lambda raw: raw, threads, on)
     else:
         more = {"others": places.asked_for(on or (), one.path, one.format, lambda raw: raw)}

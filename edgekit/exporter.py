@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
-AGREES = 0.99  # an fp32 file that decides otherwise on more than 1 % of the images is not the student
+AGREES = 0.99  # a float file that decides otherwise on more than 1 % of the images is not the student
 
 
 def export(
@@ -84,6 +84,8 @@ def export(
     jobs = listed(formats, int8, fp16, label)
     changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     _asked(int8, sensitivity, robust_drop)
+    if robust_drop is not None and any(job.precision == "int8" and job.format != "onnx" for job in jobs):
+        raise EdgekitError("its tries are measured as ONNX files", where="--robust-drop", mend="Say --format onnx")
     choose(dict.fromkeys(PTQ, ptq), ptq, "quantization", where="--ptq")
     if qat:
         # Where training is one try of several, the file is named as any other.
@@ -189,7 +191,7 @@ def _standing(folder: Path, order: Order, job: Job) -> bool:
 
 
 def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | None) -> None:
-    student, metadata = order.student, order.metadata
+    student, metadata, format = order.student, order.metadata, FORMATS[job.format]
     record: dict[str, Any] = {
         "schema": artifacts.SCHEMA,
         "edgekit": edgekit.__version__,
@@ -200,12 +202,12 @@ def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | 
         if made is not None:
             if job.precision == "int8":
                 _safe(made.model, job)
-            onnx.write_model(made.model, part, metadata)
+            format.write_model(made.model, part, metadata, job.precision)
             record |= made.record
         else:
-            FORMATS[job.format].write(student, part, metadata)
+            format.write(student, part, metadata, job.precision)
         if job.precision == "int8":
-            record["operators"] = onnx.running(part / onnx.FILE)
+            record["operators"] = format.running(part / format.FILE)
         paths = sorted(part.iterdir())
         record |= {
             "files": [{"path": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths],
@@ -216,12 +218,11 @@ def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | 
             "versions": _versions(job.format),
         }
         expected = predict(student, compared)
-        for path in paths:  # every file that ships, the lite interpreter's too
-            answered = predict(FORMATS[job.format].open(path), compared)
-            against = _against(expected, answered, job, path.name)
-            if path.name == artifacts.JUDGED[job.format]:
+        for name in format.OPENED:  # every file that ships, the lite interpreter's too
+            against = _against(expected, predict(format.open(part / name), compared), job, name)
+            if name == format.FILE:
                 record["against_float"] = against
-        if job.precision == "int8":
+        if (job.format, job.precision) == ("onnx", "int8"):
             exact = predict(onnx.open(part / onnx.FILE, precise=True), compared)
             default = predict(onnx.open(part / onnx.FILE), compared)
             if not torch.equal(exact, default):
@@ -270,7 +271,7 @@ def _against(expected: Tensor, answered: Tensor, job: Job, file: str) -> dict[st
         )
     agreement = (answered.argmax(1) == expected.argmax(1)).double().mean().item()
     difference = (answered - expected).abs().max().item()
-    if job.precision == "fp32" and not job.trained and agreement < AGREES:
+    if job.precision != "int8" and not job.trained and agreement < AGREES:
         raise EdgekitError(
             f"{file} agrees with the student on {100 * agreement:.1f} % of {len(expected)} images only", where=job.name
         )
@@ -278,8 +279,8 @@ def _against(expected: Tensor, answered: Tensor, job: Job, file: str) -> dict[st
 
 
 def _versions(format: str) -> dict[str, str]:
-    names = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torchscript": ("torch",)}[format]
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    packages = FORMATS[format].PACKAGES
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def _tell(written: Artifact) -> None:
@@ -293,7 +294,8 @@ def _tell(written: Artifact) -> None:
             say(f"{written.name}: {layer['layer']} ({layer['operator']}) stays float: {layer['reason']}")
     if operators := written.record.get("operators"):
         floats = ", ".join(f"{count} {kind}" for kind, count in operators["float"].items()) or "none"
-        say(f"{written.name}: ONNX Runtime runs {operators['int8']} operators on integers; in float: {floats}")
+        runtime = FORMATS[written.format].RUNTIME
+        say(f"{written.name}: {runtime} runs {operators['int8']} operators on integers; in float: {floats}")
     if trained := written.record.get("qat"):
         best = trained["validation"]
         say(

@@ -2,12 +2,14 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import edgekit
-from edgekit.errors import EdgekitError, choose
+from edgekit.console import say
+from edgekit.errors import ENVIRONMENT, EdgekitError, choose
 from edgekit.files import sha256
 from edgekit.formats import FORMATS
 from edgekit.models import Network
@@ -15,10 +17,8 @@ from edgekit.recipe import Recipe
 from edgekit.runs import Run
 
 DEFAULT_FORMATS = ("onnx", "torchscript")
-# What a format can be written in; further ones come with their own modules.
-PRECISIONS = {"onnx": ("fp32", "int8"), "torchscript": ("fp32",)}
 # Names that CLI.md fixes for formats yet to come: whoever types one has misspelt nothing.
-LATER = ("tensorrt", "executorch", "litert", "openvino", "ncnn", "coreml")
+LATER = ("tensorrt", "executorch", "litert", "ncnn", "coreml")
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,12 @@ def listed(formats: str | Sequence[str] | None, int8: bool, fp16: bool, label: s
     """The jobs that the options of `export` stand for, fp32 before the other precisions of a format."""
     if label is not None and (not label or not all(letter.isalnum() or letter in "._" for letter in label)):
         raise EdgekitError("a label is made of letters, digits, '.' and '_'", where=f"--label {label}")
+    wanted = ["fp32", *(["int8"] if int8 else []), *(["fp16"] if fp16 else [])]
+    known = "Written: " + ", ".join(f"{one} {'/'.join(format.PRECISIONS)}" for one, format in FORMATS.items())
     if formats is None:
         if fp16:
-            raise EdgekitError("no format is written in fp16 by this version", where="--fp16", mend="Use --int8")
+            written = ", ".join(name for name, format in FORMATS.items() if "fp16" in format.PRECISIONS)
+            raise EdgekitError(f"is for formats that have it: {written}", where="--fp16", mend="Say --format")
         jobs = [Job(format, "fp32", label) for format in DEFAULT_FORMATS]
         return [*jobs, Job("onnx", "int8", label)] if int8 else jobs
     given = formats.split(",") if isinstance(formats, str) else formats
@@ -101,19 +104,47 @@ def listed(formats: str | Sequence[str] | None, int8: bool, fp16: bool, label: s
     if not names:
         raise EdgekitError("no format is named", where="--format", mend=f"Known: {', '.join(FORMATS)}, all")
     if "all" in names:
-        names = list(FORMATS)
-    wanted = ["fp32", *(["int8"] if int8 else []), *(["fp16"] if fp16 else [])]
-    known = "Written: " + ", ".join(f"{one} {'/'.join(kinds)}" for one, kinds in PRECISIONS.items())
+        return [Job(name, precision, label) for name in _here() for precision in _written(name, wanted)]
     for name in names:
         if name in LATER:
             raise EdgekitError(f"{name} is not written by this version", where="--format", mend=known)
         choose(FORMATS, name, "format", where="--format")
+        if package := _lacking(name):
+            what = f"{name} needs the package {package}"
+            raise EdgekitError(what, where="--format", mend=_install(name), exit_code=ENVIRONMENT)
         for precision in wanted:
-            if precision not in PRECISIONS[name]:
+            if precision not in FORMATS[name].PRECISIONS:
                 raise EdgekitError(
                     f"{name} is not written in {precision} by this version", where="--format", mend=known
                 )
     return [Job(name, precision, label) for name in names for precision in wanted]
+
+
+def _here() -> Iterator[str]:
+    """The formats that can be written here; each other one is named."""
+    for name in FORMATS:
+        if package := _lacking(name):
+            say(f"{name} is left out: it needs the package {package}. {_install(name)}")
+        else:
+            yield name
+
+
+def _written(name: str, wanted: Sequence[str]) -> Iterator[str]:
+    """Those of the wanted precisions that a format has; each other one is named."""
+    for precision in wanted:
+        if precision in FORMATS[name].PRECISIONS:
+            yield precision
+        else:
+            say(f"{name}-{precision} is left out: this version writes {name} in {'/'.join(FORMATS[name].PRECISIONS)}")
+
+
+def _lacking(name: str) -> str | None:
+    """A package that the format needs and that is not installed."""
+    return next((package for package in FORMATS[name].PACKAGES if not find_spec(package)), None)
+
+
+def _install(name: str) -> str:
+    return f"Run: pip install 'edgekit[{name}]'"
 
 
 def trained(jobs: Sequence[Job], label: str | None, *, control: bool) -> list[Job]:

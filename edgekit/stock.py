@@ -66,7 +66,7 @@ class Stock:
         Args:
             full: the fp32 artifact that a search holds its tries against.
         """
-        if job.precision == "fp32":
+        if job.precision != "int8":
             return Made(learnt.model, {"qat": learnt.record}) if job.trained and (learnt := self._learn(job)) else None
         more: dict[str, Any] = {}
         if self.order.robust_drop is not None:
@@ -88,7 +88,9 @@ class Stock:
             "in_float": made.in_float,
             "float_layers": made.float_layers,
         }
-        return Made(quantize.slim(made.model), record | more)
+        # The short spelling is one that ONNX Runtime reads; others look for plain pairs of QuantizeLinear and back.
+        model = quantize.slim(made.model) if job.format == "onnx" else made.model
+        return Made(model, record | more)
 
     def _last_step(self, job: Job) -> Iterator[ladder.Rung]:
         yield ladder.Rung("trained further", self.start.settings.in_float, partial(self._further, job))

@@ -1,7 +1,12 @@
-"""Deployable formats, one file each: write(network, folder, metadata), open(path) -> Classifier, describe(path)."""
+"""Deployable formats, one file each.
+
+A format has: write(network, folder, metadata, precision); write_model, the same from an ONNX graph, where it takes one;
+open(path) -> Classifier; describe(path); running(path), where it has int8 files. FILE is what is judged, OPENED are all
+that open by themselves, RUNTIME is what runs them, PRECISIONS are what it writes, and PACKAGES what it needs.
+"""
 
 from types import ModuleType
 
-from edgekit.formats import onnx, torchscript
+from edgekit.formats import onnx, openvino, torchscript
 
-FORMATS: dict[str, ModuleType] = {"onnx": onnx, "torchscript": torchscript}
+FORMATS: dict[str, ModuleType] = {"onnx": onnx, "torchscript": torchscript, "openvino": openvino}

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 FILE = "model.onnx"
+OPENED = (FILE,)
+RUNTIME = "ONNX Runtime"
+PRECISIONS = ("fp32", "int8")
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 
 def lower(network: Network) -> "ModelProto":
@@ -61,13 +65,13 @@ def lower(network: Network) -> "ModelProto":
     return model
 
 
-def write(network: Network, folder: Path, metadata: dict[str, str]) -> None:
+def write(network: Network, folder: Path, metadata: dict[str, str], precision: str = "fp32") -> None:
     """Write the fp32 file into `folder`."""
-    write_model(lower(network), folder, metadata)
+    write_model(lower(network), folder, metadata, precision)
 
 
-def write_model(model: "ModelProto", folder: Path, metadata: dict[str, str]) -> None:
-    """Check an ONNX graph, put `metadata` into it and write it into `folder`."""
+def write_model(model: "ModelProto", folder: Path, metadata: dict[str, str], precision: str = "fp32") -> None:
+    """Check an ONNX graph, put `metadata` into it and write it into `folder`; its precision is the graph's own."""
     import onnx
 
     del model.metadata_props[:]

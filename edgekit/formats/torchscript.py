@@ -20,10 +20,14 @@ from edgekit.errors import EdgekitError, choose
 from edgekit.models import Network
 
 FILE, LITE = "model.pt", "model.ptl"
+OPENED = (FILE, LITE)
+RUNTIME = "torch"
+PRECISIONS = ("fp32",)
+PACKAGES = ("torch",)
 _EXTRA = "edgekit/"  # where the metadata stands among the archive's extra files
 
 
-def write(network: Network, folder: Path, metadata: dict[str, str]) -> None:
+def write(network: Network, folder: Path, metadata: dict[str, str], precision: str = "fp32") -> None:
     """Write both files into `folder`; `metadata` travels in each as extra files of the archive."""
     extra = {f"{_EXTRA}{key}": value for key, value in metadata.items()}
     buffer = io.BytesIO()

@@ -1,12 +1,13 @@
 """The words for where a file was judged."""
 
+import contextlib
 import functools
 import importlib.metadata
 from typing import Any
 
 from edgekit import machine
 
-RUNTIME = {"onnx": "onnxruntime", "torchscript": "torch"}
+RUNTIME = {"onnx": "onnxruntime", "torchscript": "torch", "openvino": "openvino"}
 
 
 @functools.cache
@@ -22,8 +23,8 @@ def judged_on(format: str) -> str:
 
 def machine_block() -> dict[str, Any]:
     """The `machine` of verify --json."""
-    return {
-        "cpu": machine.processor(),
-        "int8_instructions": machine.int8_instructions(),
-        "runtimes": {name: importlib.metadata.version(name) for name in sorted(set(RUNTIME.values()))},
-    }
+    runtimes: dict[str, str] = {}
+    for name in sorted(set(RUNTIME.values())):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # an extra that is not installed
+            runtimes[name] = importlib.metadata.version(name)
+    return {"cpu": machine.processor(), "int8_instructions": machine.int8_instructions(), "runtimes": runtimes}
