@@ -1,7 +1,9 @@
 """This machine: its processor, its device, and the number of threads that is fastest here."""
 
 import contextlib
+import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -180,11 +182,42 @@ def threads(key: str, work: Callable[[], object]) -> int:
 
 def interleaved(works: Sequence[Callable[[], object]], repetitions: int = 15) -> list[float]:
     """Median seconds of each piece of work, run in turn so that a drifting machine slows all alike."""
-    seconds: list[list[float]] = [[] for _ in works]
-    for round in range(repetitions + 2):
-        for times, work in zip(seconds, works, strict=True):
-            begin = time.perf_counter()
-            work()
-            if round >= 2:  # the first rounds warm caches and memory pools up
-                times.append(time.perf_counter() - begin)
-    return [statistics.median(times) for times in seconds]
+    return [statistics.median(times) for times in turns(works, repetitions)]
+
+
+def turns(
+    works: Sequence[Callable[[], object]],
+    rounds: int,
+    *,
+    warm_up: int = 2,
+    fewest: int = 1,
+    seconds: float = math.inf,
+    after: Callable[[], object] = lambda: None,
+) -> list[list[float]]:
+    """Seconds of each piece of work in each round, run in turn so that a drifting machine slows all alike.
+
+    Args:
+        rounds: how many are counted, at most.
+        warm_up: rounds before these, which warm caches and memory pools up and are not counted.
+        fewest, seconds: once the counted rounds have taken so long and are so many, no further one begins.
+        after: called after each round, outside of what is timed.
+    """
+    times: list[list[float]] = [[] for _ in works]
+    spent, collecting = 0.0, gc.isenabled()
+    gc.disable()  # as timeit does: a collection takes longer than many an inference, and hits whoever runs just then
+    try:
+        for number in range(-warm_up, rounds):
+            if number >= fewest and spent >= seconds:
+                break
+            for own, work in zip(times, works, strict=True):
+                begin = time.perf_counter()
+                work()
+                took = time.perf_counter() - begin
+                if number >= 0:
+                    own.append(took)
+                    spent += took
+            after()
+    finally:
+        if collecting:
+            gc.enable()
+    return times

@@ -1,0 +1,73 @@
+"""What to ship, as one PNG: robust accuracy against latency and against size, the Pareto front marked (bench.json)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgekit.files import writing
+from edgekit.report import words
+
+_FRONT, _BEHIND = "#d62728", "#555555"
+
+
+def draw(document: Mapping[str, Any], path: Path) -> None:
+    """Robust accuracy with its interval against milliseconds and against kB.
+
+    A file whose accuracy cannot be set beside the others' is hollow; one with none is an upright line at its cost.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    files = document["artifacts"]
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    costs = {
+        "latency": ("ms for one image, fastest number of threads", [1000 * one["fastest"]["median"] for one in files]),
+        "size": ("kB", [one["bytes"] / 1000 for one in files]),
+    }
+    for panel, (kind, (unit, values)) in zip(panels, costs.items(), strict=True):
+        _panel(panel, kind, values, files)
+        panel.set(title=f"robust accuracy against {kind}", xlabel=unit, xlim=(0, 1.15 * max(values)))
+        panel.grid(alpha=0.3)
+    panels[0].set(ylabel=f"robust accuracy, % ({_under(document)})")
+    figure.suptitle(f"{document['machine']['cpu']}; red: nothing is both cheaper and more robust", fontsize=9)
+    with writing(path) as part:
+        figure.savefig(part, dpi=110, format="png")
+    pyplot.close(figure)
+
+
+def _panel(panel: Any, kind: str, values: Sequence[float], files: Sequence[Mapping[str, Any]]) -> None:
+    best = []
+    for cost, one in zip(values, files, strict=True):
+        name = words.name(one["name"], 40).replace("$", r"\$")  # dollars would set it as a formula
+        accuracy = one.get("robust_accuracy")
+        if accuracy is None:
+            panel.axvline(cost, color=_BEHIND, linewidth=0.8, linestyle=":")
+            where = (cost, 0.02), panel.get_xaxis_transform()
+            _label(panel, f"{name}, not verified", *where, rotation=90)
+            continue
+        height, on = 100 * accuracy["value"], kind in one["front"]
+        colour = _FRONT if on else _BEHIND
+        reach = [[100 * abs(accuracy["value"] - accuracy[end])] for end in ("low", "high")]
+        filled = colour if one["judged"]["comparable"] else "white"
+        panel.errorbar(cost, height, yerr=reach, fmt="o", color=colour, mfc=filled, linewidth=0.8, capsize=2)
+        why = one["judged"].get("why")
+        _label(panel, name if why is None else f"{name}, {why}", (cost, height), panel.transData)
+        best += [(cost, height)] * on
+    best.sort()
+    # Between two of the front the better one has to be paid for in full: a stair, no slope.
+    panel.step(*zip(*best, strict=True), where="post", color=_FRONT, linewidth=1) if best else None
+
+
+def _label(panel: Any, text: str, spot: tuple[float, float], coordinates: Any, **more: Any) -> None:
+    panel.annotate(text, spot, xycoords=coordinates, xytext=(5, 4), textcoords="offset points", fontsize=7, **more)
+
+
+def _under(document: Mapping[str, Any]) -> str:
+    """Such as "pgd20, Linf 8/255"; what no file was judged under is nothing."""
+    judged = document.get("judged_under")
+    if judged is None:
+        return "nothing is verified yet"
+    attacks = words.name(", ".join(judged["attacks"]), 40).replace("$", r"\$")
+    return f"{attacks}; {judged['norm']} {words.level(judged['epsilon'], judged['norm'])}"
