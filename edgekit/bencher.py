@@ -25,6 +25,7 @@ from edgekit import __version__, judge, machine
 from edgekit.console import progress, say
 from edgekit.errors import BAD_INPUT, ENVIRONMENT, EdgekitError
 from edgekit.files import write_json
+from edgekit.foreign import utf8
 from edgekit.formats import onnx, torchscript
 from edgekit.lineup import Contender, Judged, contenders, judged
 from edgekit.report import pareto
@@ -244,7 +245,7 @@ def _report(
         "name": one.name,
         "format": one.format,
         "precision": one.precision,
-        **({} if one.run is None else {"run": str(one.run.folder)}),
+        **({} if one.run is None else {"run": utf8(one.run.folder)}),
         "file": one.within,
         "bytes": one.bytes,
         "sha256": one.sha256,
@@ -265,7 +266,7 @@ def _report(
             "norm": found.setting[1],
             "epsilon": found.setting[2],
             "samples": found.samples,
-            "file": str(found.path),
+            "file": utf8(found.path),
             "comparable": found.against is None,
             **({} if found.against is None else {"why": found.against}),
         }

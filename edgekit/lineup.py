@@ -162,7 +162,8 @@ def _chosen(found: dict[Setting, Judged], common: Setting | None) -> Judged | No
     if not found:
         return None
     newest = list(found.values())[-1]
-    return replace(newest, against=newest.against or "other attacks or data")
+    alike = common is not None and newest.setting[-1] == common[-1]
+    return replace(newest, against="other attacks" if alike else "other data")
 
 
 def _verdicts(one: Contender) -> dict[Setting, Judged]:

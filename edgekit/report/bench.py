@@ -89,9 +89,10 @@ def _empty(*names: str) -> Table:
 def _notes(document: Mapping[str, Any]) -> Text:
     rounds = [cell["rounds"] for one in document["artifacts"] for cell in one["latency"]]
     shown = f"{min(rounds)}" if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)}"
+    starts = f"{document['cold_starts']} fresh processes"
     lines = [
-        f"{shown} rounds after a warm-up, all files in turn. Cold start and peak memory: opening and first answer, beside"
-        f" the imported runtime, in {document['cold_starts']} fresh processes.",
+        f"{shown} rounds after a warm-up, all files in turn. Cold start and peak memory: opening and the first answer,",
+        f"beside the imported runtime, in {starts}.",
         _judged(document),
     ]
     return Text(plain(" ".join(lines)), style="dim")
@@ -107,18 +108,20 @@ def _judged(document: Mapping[str, Any]) -> str:
 
 
 def closing(document: Mapping[str, Any]) -> str:
-    """What to do next: what is not verified is, and else the front is shipped."""
+    """What to do next: judge what was not judged alike, and else ship one of the front."""
     files: Sequence[Mapping[str, Any]] = document["artifacts"]
-    attacks = ",".join(document.get("judged_under", {}).get("attacks", ()))
+    under = document.get("judged_under", {})
+    attacks = ",".join(under.get("attacks", ()))
     for one in files:
-        if not one.get("judged", {}).get("comparable"):
-            runs = {other.get("run") for other in files}
-            what = one.get("run") if len(runs) == 1 else _place(one)
-            more = f" --attack {shlex.quote(attacks)}" if attacks else ""
+        if "judged" not in one or any(one["judged"][key] != under[key] for key in ("attacks", "norm", "epsilon")):
+            what = one["run"] if "run" in one and len({other.get("run") for other in files}) == 1 else _place(one)
             data = "" if "run" in one else " --data FOLDER"
-            return f"Next: edgekit verify {shlex.quote(str(what or one['file']))}{data}{more}"
+            more = f" --attack {shlex.quote(attacks)}" if attacks else ""
+            return f"Next: edgekit verify {shlex.quote(what)}{data}{more}"
     best = [one for one in files if one["front"]]
-    return f"Next: ship one of the Pareto front: {', '.join(str(_place(one)) for one in best)}"
+    if not best:
+        return f"Next: see which check failed, in {files[0]['judged']['file']}"
+    return f"Next: ship one of the Pareto front: {', '.join(_place(one) for one in best)}"
 
 
 def _place(one: Mapping[str, Any]) -> str:

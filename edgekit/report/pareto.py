@@ -38,14 +38,13 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _panel(panel: Any, kind: str, values: Sequence[float], files: Sequence[Mapping[str, Any]]) -> None:
-    best = []
+    best, right = [], max(values)
     for cost, one in zip(values, files, strict=True):
         name = words.name(one["name"], 40).replace("$", r"\$")  # dollars would set it as a formula
         accuracy = one.get("robust_accuracy")
         if accuracy is None:
             panel.axvline(cost, color=_BEHIND, linewidth=0.8, linestyle=":")
-            where = (cost, 0.02), panel.get_xaxis_transform()
-            _label(panel, f"{name}, not verified", *where, rotation=90)
+            _label(panel, f"{name}, not verified", (cost, 0.02), "left", panel.get_xaxis_transform(), rotation=90)
             continue
         height, on = 100 * accuracy["value"], kind in one["front"]
         colour = _FRONT if on else _BEHIND
@@ -53,15 +52,18 @@ def _panel(panel: Any, kind: str, values: Sequence[float], files: Sequence[Mappi
         filled = colour if one["judged"]["comparable"] else "white"
         panel.errorbar(cost, height, yerr=reach, fmt="o", color=colour, mfc=filled, linewidth=0.8, capsize=2)
         why = one["judged"].get("why")
-        _label(panel, name if why is None else f"{name}, {why}", (cost, height), panel.transData)
+        # Away from the edge that the point is near: a name outside of the panel would be cut off.
+        side = "right" if cost > 0.6 * right else "left"
+        _label(panel, name if why is None else f"{name}, {why}", (cost, height), side, panel.transData)
         best += [(cost, height)] * on
     best.sort()
     # Between two of the front the better one has to be paid for in full: a stair, no slope.
     panel.step(*zip(*best, strict=True), where="post", color=_FRONT, linewidth=1) if best else None
 
 
-def _label(panel: Any, text: str, spot: tuple[float, float], coordinates: Any, **more: Any) -> None:
-    panel.annotate(text, spot, xycoords=coordinates, xytext=(5, 4), textcoords="offset points", fontsize=7, **more)
+def _label(panel: Any, text: str, spot: tuple[float, float], side: str, coordinates: Any, **more: Any) -> None:
+    aside = (-5 if side == "right" else 5, 4)
+    panel.annotate(text, spot, aside, xycoords=coordinates, textcoords="offset points", fontsize=7, ha=side, **more)
 
 
 def _under(document: Mapping[str, Any]) -> str:
