@@ -40,7 +40,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 def _panel(panel: Any, kind: str, values: Sequence[float], files: Sequence[Mapping[str, Any]]) -> None:
     best, right = [], max(values)
     for cost, one in zip(values, files, strict=True):
-        name = words.name(one["name"], 40).replace("$", r"\$")  # dollars would set it as a formula
+        name = _text(one["name"])
         accuracy = one.get("robust_accuracy")
         if accuracy is None:
             panel.axvline(cost, color=_BEHIND, linewidth=0.8, linestyle=":")
@@ -51,7 +51,7 @@ def _panel(panel: Any, kind: str, values: Sequence[float], files: Sequence[Mappi
         reach = [[100 * abs(accuracy["value"] - accuracy[end])] for end in ("low", "high")]
         filled = colour if one["judged"]["comparable"] else "white"
         panel.errorbar(cost, height, yerr=reach, fmt="o", color=colour, mfc=filled, linewidth=0.8, capsize=2)
-        why = one["judged"].get("why")
+        why = None if one["judged"]["comparable"] else _text(one["judged"]["why"])
         # Away from the edge that the point is near: a name outside of the panel would be cut off.
         side = "right" if cost > 0.6 * right else "left"
         _label(panel, name if why is None else f"{name}, {why}", (cost, height), side, panel.transData)
@@ -63,7 +63,14 @@ def _panel(panel: Any, kind: str, values: Sequence[float], files: Sequence[Mappi
 
 def _label(panel: Any, text: str, spot: tuple[float, float], side: str, coordinates: Any, **more: Any) -> None:
     aside = (-5 if side == "right" else 5, 4)
-    panel.annotate(text, spot, aside, xycoords=coordinates, textcoords="offset points", fontsize=7, ha=side, **more)
+    drawn = panel.annotate(
+        text, spot, aside, xycoords=coordinates, textcoords="offset points", fontsize=7, ha=side, **more
+    )
+    drawn.set_in_layout(False)  # a long name takes no room from the panel
+
+
+def _text(name: object) -> str:
+    return words.name(name, 40).replace("$", r"\$")  # dollars would set it as a formula
 
 
 def _under(document: Mapping[str, Any]) -> str:
@@ -71,5 +78,4 @@ def _under(document: Mapping[str, Any]) -> str:
     judged = document.get("judged_under")
     if judged is None:
         return "nothing is verified yet"
-    attacks = words.name(", ".join(judged["attacks"]), 40).replace("$", r"\$")
-    return f"{attacks}; {judged['norm']} {words.level(judged['epsilon'], judged['norm'])}"
+    return f"{_text(', '.join(judged['attacks']))}; {judged['norm']} {words.level(judged['epsilon'], judged['norm'])}"
