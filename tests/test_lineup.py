@@ -88,7 +88,9 @@ def test_accuracies_under_other_attacks_or_on_other_data_are_not_compared():
     judge(verdicts, files[0], 100)
     judge(verdicts, files[0], 180, attacks=["fgsm"])  # newer, but under what the others were not judged under
     judge(verdicts, files[1], 90, passed=False)
-    judge(verdicts, files[2], 170, epsilon=2 / 255)
+    judge(verdicts, files[2], 150, attacks=["square500"])
+    judge(verdicts, files[2], 160, epsilon=2 / 255)
+    judge(verdicts, files[2], 170, attacks=["square500"])
     judge(verdicts, files[3], 160, data="2")
     found, setting = judged(contenders(["runs/a"]))
     assert setting is not None and setting[0] == ("pgd20",)
