@@ -7,11 +7,13 @@ spin between inferences here: they would take the cores from whichever file is n
 
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,8 @@ FEWEST, PATIENCE = 30, 5.0  # rounds at least; seconds for one file, batch and n
 COLD = 5  # processes that are started for each file
 _ROOT = Path(__file__).parents[1]
 _CHILD = 600.0  # seconds
+
+Step = Callable[..., None]  # of a note on what was done, and how many rounds or processes that was
 
 
 def bench(
@@ -75,11 +79,11 @@ def bench(
     torch.set_flush_denormal(True)
     with contextlib.ExitStack() as after, progress(by_itself=False) as bar:
         after.callback(torch.set_num_threads, torch.get_num_threads())
-        total = COLD * len(listed) + rounds * len(counts) * len(sizes)
-        task = bar.add_task("measuring", total=total, note="")
+        total = COLD * len(listed) + (WARM_UP + rounds) * len(counts) * len(sizes)
+        step = _pace(bar, bar.add_task("measuring", total=total, note=""))
         # First the children: a file that kills its runtime kills one of them, and is then not opened here.
-        cold = _cold_starts(listed, sizes, max(counts), partial(_step, bar, task))
-        cells = _latencies(listed, sizes, counts, rounds, bar, task)
+        cold = _cold_starts(listed, sizes, max(counts), step)
+        cells = _latencies(listed, sizes, counts, rounds, step)
     found, setting = judged(listed)
     reports = [_report(*them) for them in zip(listed, cells, cold, found, strict=True)]
     _mark(reports)
@@ -119,17 +123,24 @@ def _threads(asked: int | str | Sequence[int] | None) -> list[int]:
     return counts
 
 
-def _step(bar: Progress, task: TaskID, note: str, advance: float = 1) -> None:
-    bar.update(task, note=note, advance=advance)
-    bar.refresh()
+def _pace(bar: Progress, task: TaskID) -> Step:
+    """What tells the bar of each round, and draws it seldom: drawing empties the caches of the file that is next."""
+    drawn = -math.inf
+
+    def step(note: str, advance: int = 1) -> None:
+        nonlocal drawn
+        bar.update(task, note=note, advance=advance)
+        if time.monotonic() - drawn > 0.5:
+            bar.refresh()
+            drawn = time.monotonic()
+
+    return step
 
 
 # Cold starts ----------------------------------------------------------------------------------------------------------
 
 
-def _cold_starts(
-    listed: Sequence[Contender], sizes: Sequence[int], threads: int, step: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def _cold_starts(listed: Sequence[Contender], sizes: Sequence[int], threads: int, step: Step) -> list[dict[str, Any]]:
     """Median seconds and bytes of COLD fresh processes for each file, which take turns."""
     say(f"Starting {COLD} fresh processes for each of {len(listed)} files")
     runs: list[list[dict[str, Any]]] = [[] for _ in listed]
@@ -188,7 +199,7 @@ def cold_start(one: Contender, batch: int, threads: int) -> dict[str, Any]:
 
 
 def _latencies(
-    listed: Sequence[Contender], sizes: Sequence[int], counts: Sequence[int], rounds: int, bar: Progress, task: TaskID
+    listed: Sequence[Contender], sizes: Sequence[int], counts: Sequence[int], rounds: int, step: Step
 ) -> list[list[dict[str, Any]]]:
     """For each file one entry a number of threads and batch."""
     cells: list[list[dict[str, Any]]] = [[] for _ in listed]
@@ -197,19 +208,16 @@ def _latencies(
         opened = [judge.open(one.what, threads=threads, isolated=False) for one in listed]
         for size in sizes:
             note = f"latency: {threads} thread{'s' * (threads > 1)}, batch {size}"
-            say(f"{note}, {len(listed)} files in turn")
-            works = [partial(model, images(one, size)) for model, one in zip(opened, listed, strict=True)]
-            # The bar may be ahead where rounds took so long that fewer were made.
-            before = bar.tasks[0].completed
+            say(f"{note}, {len(listed)} file{'s in turn' if len(listed) > 1 else ''}")
             times = machine.turns(
-                works,
+                [partial(model, images(one, size)) for model, one in zip(opened, listed, strict=True)],
                 rounds,
                 warm_up=WARM_UP,
                 fewest=min(FEWEST, rounds),
                 seconds=PATIENCE * len(listed),
-                after=lambda note=note, most=before + rounds: _step(bar, task, note, bar.tasks[0].completed < most),
+                after=partial(step, note),
             )
-            bar.update(task, completed=before + rounds)
+            step(note, rounds - len(times[0]))  # those that would have taken too long
             for own, seconds in zip(cells, times, strict=True):
                 own.append({"threads": threads, "batch": size, **summary(seconds, size)})
     return cells
