@@ -1,8 +1,8 @@
 """How fast, how large and how hungry exported files are on this machine, in their own runtimes: `edgekit bench`.
 
 What runs is what export wrote, in this process and with no pipe between, as an app would run it. All files take turns,
-round by round, so that a machine that drifts slows all of them alike (machine.turns). ONNX Runtime's threads do not
-spin between inferences here: they would take the cores from whichever file is next.
+in another order each round, so that a machine that drifts slows all of them alike (machine.turns). ONNX Runtime's
+threads do not spin between inferences here: they would take the cores from whichever file is next.
 """
 
 import contextlib
@@ -215,6 +215,7 @@ def _latencies(
                 warm_up=WARM_UP,
                 fewest=min(FEWEST, rounds),
                 seconds=PATIENCE * len(listed),
+                seed=0,
                 after=partial(step, note),
             )
             step(note, rounds - len(times[0]))  # those that would have taken too long

@@ -45,6 +45,19 @@ def test_turns_end_early_only_when_enough_were_made(monkeypatch: pytest.MonkeyPa
         assert (len(first), len(second)) == (made, made)
 
 
+def test_with_a_seed_every_piece_follows_every_other_alike(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock(monkeypatch, a=1.0, b=2.0, c=4.0)
+    times = machine.turns(clock.works(), 500, warm_up=0, seed=0)
+    assert times == [[1.0] * 500, [2.0] * 500, [4.0] * 500]  # each in its own place, whatever the order
+    rounds = [tuple(clock.order[start : start + 3]) for start in range(0, 1500, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    counts = [rounds.count(order) for order in set(rounds)]
+    assert len(counts) == 6 and min(counts) > 50  # of 83 on average
+    again = Clock(monkeypatch, a=1.0, b=2.0, c=4.0)
+    machine.turns(again.works(), 500, warm_up=0, seed=0)
+    assert again.order == clock.order
+
+
 def test_no_garbage_is_collected_while_the_clock_runs():
     during = []
     machine.turns([lambda: during.append(gc.isenabled())], 2)
