@@ -76,7 +76,6 @@ def bench(
     load = os.getloadavg()[0]
     if load > machine.cores() / 2:
         say(f"Other programs keep this machine busy (load {load:.1f} on {machine.cores()} cores): times will be longer")
-    torch.set_flush_denormal(True)
     with contextlib.ExitStack() as after, progress(by_itself=False) as bar:
         after.callback(torch.set_num_threads, torch.get_num_threads())
         total = COLD * len(listed) + (WARM_UP + rounds) * len(counts) * len(sizes)
