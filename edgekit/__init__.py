@@ -1,17 +1,24 @@
 """edgekit: robust training, export to the edge, and the proof that the robustness arrived.
 
-The three verbs of the command line stand here too: `edgekit.distill`, `edgekit.export` and `edgekit.verify` take the
-same options as arguments and return what `--json` prints. They are loaded at first use; importing edgekit is fast.
+The verbs of the command line stand here too: `edgekit.distill`, `edgekit.export`, `edgekit.verify` and `edgekit.bench`
+take the same options as arguments and return what `--json` prints. They are loaded at first use; importing edgekit is
+fast.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["EdgekitError", "__version__", "distill", "export", "verify"]
+__all__ = ["EdgekitError", "__version__", "bench", "distill", "export", "verify"]
 
-_VERBS = {"distill": "edgekit.train", "export": "edgekit.exporter", "verify": "edgekit.verifier"}
+_VERBS = {
+    "bench": "edgekit.bencher",
+    "distill": "edgekit.train",
+    "export": "edgekit.exporter",
+    "verify": "edgekit.verifier",
+}
 
 if TYPE_CHECKING:
+    from edgekit.bencher import bench
     from edgekit.errors import EdgekitError
     from edgekit.exporter import export
     from edgekit.train import distill

@@ -281,6 +281,36 @@ def verify(
 
 
 @app.command()
+def bench(
+    what: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN|ARTIFACT|FILE]…",
+            help="Runs, artifact folders, ONNX files; several are compared.",
+            show_default="the latest run",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once, measured beside one alone.")] = 32,
+    threads: Annotated[
+        str | None, typer.Option(metavar="N,…", help="Of one inference.", show_default="1, 2, 4, … and all cores")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each file; fewer where they take long.")] = 200,
+    json: Json = False,
+) -> None:
+    """Measure latency, throughput, cold start, memory and size of exported files on this machine."""
+    from edgekit.bencher import bench as work
+
+    document = work(what, batch=batch, threads=threads, rounds=rounds)
+    if json:
+        _print_json(document)
+        return
+    from edgekit.report import bench as shown
+
+    _print(shown.to_table(document))
+    say(shown.closing(document))
+
+
+@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="A model file, an artifact or a run folder.")], json: Json = False
 ) -> None:

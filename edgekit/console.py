@@ -23,8 +23,12 @@ def say(text: object) -> None:
     console.print(printable(text), markup=False, soft_wrap=True)
 
 
-def progress() -> Progress:
-    """A progress bar with ETA; where stderr is no terminal it stays silent, and `say` marks the milestones."""
+def progress(*, by_itself: bool = True) -> Progress:
+    """A progress bar with ETA; where stderr is no terminal it stays silent, and `say` marks the milestones.
+
+    Args:
+        by_itself: a thread draws it anew, which takes time from what is measured; False: only `refresh` draws it.
+    """
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -34,4 +38,5 @@ def progress() -> Progress:
         TextColumn("{task.fields[note]}", markup=False),
         console=console,
         disable=not sys.stderr.isatty(),
+        auto_refresh=by_itself,
     )

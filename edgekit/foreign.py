@@ -308,6 +308,21 @@ def _shape(value: "ValueInfoProto") -> list[int | None]:
     return [dim.dim_value if dim.dim_value > 0 else None for dim in value.type.tensor_type.shape.dim]
 
 
+def image_shape(path: Path, model: "ModelProto") -> tuple[int, int, int]:
+    """What one image is to the file: (C, H, W), or (H, W, C) where the file is so.
+
+    Raises:
+        EdgekitError: it is no image classifier with one input, or takes images of any size.
+    """
+    given = _input(path, model)
+    _element(path, given)
+    shape = _shape(given)
+    first, second, third = shape[1:]
+    if first is None or second is None or third is None:
+        raise EdgekitError(f"the input '{given.name}' is {_dims(shape)}: images of which size is not said", where=path)
+    return first, second, third
+
+
 def _layout(path: Path, name: str, shape: Sequence[int | None], said: str | None, metadata: Mapping[str, str]) -> str:
     told = said or metadata.get("layout")
     if told:

@@ -1,9 +1,12 @@
 """This machine: its processor, its device, and the number of threads that is fastest here."""
 
 import contextlib
+import gc
 import json
+import math
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -180,11 +183,48 @@ def threads(key: str, work: Callable[[], object]) -> int:
 
 def interleaved(works: Sequence[Callable[[], object]], repetitions: int = 15) -> list[float]:
     """Median seconds of each piece of work, run in turn so that a drifting machine slows all alike."""
-    seconds: list[list[float]] = [[] for _ in works]
-    for round in range(repetitions + 2):
-        for times, work in zip(seconds, works, strict=True):
-            begin = time.perf_counter()
-            work()
-            if round >= 2:  # the first rounds warm caches and memory pools up
-                times.append(time.perf_counter() - begin)
-    return [statistics.median(times) for times in seconds]
+    return [statistics.median(times) for times in turns(works, repetitions)]
+
+
+def turns(
+    works: Sequence[Callable[[], object]],
+    rounds: int,
+    *,
+    warm_up: int = 2,
+    fewest: int = 1,
+    seconds: float = math.inf,
+    seed: int | None = None,
+    after: Callable[[], object] = lambda: None,
+) -> list[list[float]]:
+    """Seconds of each piece of work in each round, run in turn so that a drifting machine slows all alike.
+
+    Args:
+        rounds: how many are counted, at most.
+        warm_up: rounds before these, which warm caches and memory pools up and are not counted.
+        fewest, seconds: once the counted rounds have taken so long and are so many, no further one begins.
+        seed: draws another order for each round: what a piece leaves in the caches, and threads that it leaves awake,
+            then burden all alike, and not always the same next one. None: the order given.
+        after: called after each round, outside of what is timed.
+    """
+    times: list[list[float]] = [[] for _ in works]
+    order, draw = list(range(len(works))), None if seed is None else random.Random(seed)
+    spent, collecting = 0.0, gc.isenabled()
+    gc.disable()  # as timeit does: a collection takes longer than many an inference, and hits whoever runs just then
+    try:
+        for number in range(-warm_up, rounds):
+            if number >= fewest and spent >= seconds:
+                break
+            if draw is not None:
+                draw.shuffle(order)
+            for place in order:
+                begin = time.perf_counter()
+                works[place]()
+                took = time.perf_counter() - begin
+                if number >= 0:
+                    times[place].append(took)
+                    spent += took
+            after()
+    finally:
+        if collecting:
+            gc.enable()
+    return times

@@ -5,7 +5,7 @@ that only the first got right, `only_second` those that only the second did. The
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -215,6 +215,26 @@ def power_sentence(
     else:
         lose = f"a real loss of {points(loss)} or more is called 'lost' with probability {LIKELY:g} at least"
     return f"{n:,} samples: {survive}; {lose}."
+
+
+def nearest_rank(values: Sequence[float], percent: int) -> float:
+    """The smallest value that at least `percent` % of the values do not exceed: one of them, never a mean of two."""
+    if not values or not 0 < percent <= 100:
+        raise EdgekitError(f"there is no percentile {percent} of {len(values)} values")
+    return sorted(values)[-(-percent * len(values) // 100) - 1]
+
+
+def front(costs: Sequence[float], gains: Sequence[float]) -> list[bool]:
+    """Which choices are on the Pareto front: no other costs as little and gains as much, and is better in one of both.
+
+    Equal choices are on it together.
+    """
+    on, most, cheapest = [False] * len(costs), -math.inf, math.inf
+    # From the cheapest on, of equally cheap ones the best first: a later one must gain more than all before it.
+    for place in sorted(range(len(costs)), key=lambda place: (costs[place], -gains[place])):
+        if gains[place] > most or (gains[place] == most and costs[place] == cheapest):
+            on[place], most, cheapest = True, gains[place], costs[place]
+    return on
 
 
 def points(fraction: float) -> str:

@@ -228,3 +228,31 @@ def test_points_are_said_in_words():
         "0.5 points",
         "0 points",
     ]
+
+
+@given(st.lists(st.floats(0, 1e3, allow_subnormal=False), min_size=1, max_size=300), st.integers(1, 100))
+def test_nearest_rank_is_numpys_inverted_distribution(values, percent):
+    found = statistics.nearest_rank(values, percent)
+    # By its definition, in whole numbers, and as numpy has it; numpy multiplies in floats and so may miss a whole rank.
+    assert 100 * sum(value <= found for value in values) >= percent * len(values)
+    assert 100 * sum(value < found for value in values) < percent * len(values)
+    if percent * len(values) % 100:
+        assert found == np.percentile(values, percent, method="inverted_cdf")
+
+
+def test_nearest_rank_of_whole_ranks_and_of_nothing():
+    assert statistics.nearest_rank(range(1, 101), 7) == 7  # 0.07 * 100 is above 7 in floats
+    assert [statistics.nearest_rank([3, 1, 2], percent) for percent in (33, 34, 66, 67, 100)] == [1, 2, 2, 3, 3]
+    for values, percent in (([], 50), ([1], 0), ([1], 101)):
+        with pytest.raises(EdgekitError):
+            statistics.nearest_rank(values, percent)
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=30))  # small, so that many are equal
+def test_the_front_is_what_nothing_dominates(points):
+    costs, gains = [cost for cost, _ in points], [gain for _, gain in points]
+
+    def dominated(cost, gain):
+        return any(a <= cost and b >= gain and (a < cost or b > gain) for a, b in points)
+
+    assert statistics.front(costs, gains) == [not dominated(*point) for point in points]
