@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test processors lint types wheel clean
+.PHONY: everything quickstart test processors lint types wheel clean
 
 # uv resolves and downloads in parallel; everything else goes through the same registry settings as pip.
 .venv/.done: pyproject.toml constraints.txt
@@ -10,6 +10,10 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --group dev --editable .
 	touch $@
+
+# Every further format that edgekit writes by now, in the same environment.
+everything: .venv/.done
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable ".[openvino]"
 
 quickstart: .venv/.done
 	$(BIN)/edgekit distill recipes/mobilenet.toml

@@ -28,7 +28,7 @@ from edgekit.console import progress, say
 from edgekit.errors import BAD_INPUT, ENVIRONMENT, EdgekitError
 from edgekit.files import write_json
 from edgekit.foreign import utf8
-from edgekit.formats import onnx, torchscript
+from edgekit.formats import FORMATS
 from edgekit.lineup import Contender, Judged, contenders, judged
 from edgekit.report import pareto
 from edgekit.statistics import front, nearest_rank
@@ -285,9 +285,10 @@ def _operators(one: Contender) -> dict[str, Any]:
     """As artifact.json has it, else read from the graph that the runtime makes of the file here."""
     if not isinstance(one.what, Path) and "operators" in one.what.record:
         return one.what.record["operators"]
-    if one.format == "onnx":
-        return onnx.running(one.path)
-    return {"int8": 0, **torchscript.describe(one.path)["operators"]}
+    format = FORMATS[one.format]
+    if hasattr(format, "running"):
+        return format.running(one.path)
+    return {"int8": 0, **format.describe(one.path)["operators"]}
 
 
 def _mark(reports: Sequence[dict[str, Any]]) -> None:

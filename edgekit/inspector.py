@@ -10,7 +10,7 @@ from edgekit import artifact, foreign, script
 from edgekit.errors import EdgekitError
 from edgekit.files import sha256
 from edgekit.foreign import Said
-from edgekit.formats import onnx
+from edgekit.formats import onnx, openvino
 from edgekit.runs import Run
 
 
@@ -18,9 +18,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """All that a model file, an artifact folder or a run folder says of itself.
 
     Returns:
-        {"path", "kind", "bytes", "sha256", …}: `kind` is "onnx", "safetensors", "torchscript", "artifact" or "run". Of
-        an ONNX file also its operators by precision, and `input` and `output` as `edgekit verify` would take them, or
-        `verify` with the sentence that says what is missing.
+        {"path", "kind", "bytes", "sha256", …}: `kind` is "onnx", "safetensors", "torchscript", "openvino", "artifact"
+        or "run". Of an ONNX file also its operators by precision, and `input` and `output` as `edgekit verify` would
+        take them, or `verify` with the sentence that says what is missing.
     Raises:
         EdgekitError: there is no such file, or it is of no known kind.
     """
@@ -34,6 +34,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return about | _weights(path)
     if path.suffix in script.SUFFIXES:
         return about | {"kind": "torchscript", **script.describe(path), **_beside(path)}
+    if path.name == openvino.FILE:
+        return about | {"kind": "openvino", **openvino.describe(path), **_beside(path)}
     model = foreign.read(path)
     about |= {"kind": "onnx", "precision": foreign.precision(model), **onnx.describe(path), **_beside(path)}
     try:

@@ -54,16 +54,19 @@ def write_model(model: "ModelProto", folder: Path, metadata: dict[str, str], pre
             made = openvino.convert_model(Path(scratch) / onnx.FILE)
         except RuntimeError as error:
             raise EdgekitError(f"OpenVINO does not take this graph ({_said(error)})") from None
+        _rename(made)
+        for key, value in sorted(metadata.items()):
+            made.set_rt_info(value, [_SECTION, key])
+        half, path = precision == "fp16", Path(scratch) / FILE
+        openvino.save_model(made, path, compress_to_fp16=half)
+        # The digest of the .xml is that of the file: let it stand for the weights too.
+        made.set_rt_info(sha256(path.with_name(WEIGHTS)), [_SECTION, _WEIGHTS_SHA256])
+        openvino.save_model(made, path, compress_to_fp16=half)
+        # By way of another folder: OpenVINO's own writer has no error of its own for a full disk.
+        for name in (FILE, WEIGHTS):
+            (folder / name).write_bytes(path.with_name(name).read_bytes())
         if precision == "int8":
-            (folder / artifact.TWIN).write_bytes((Path(scratch) / onnx.FILE).read_bytes())
-    _rename(made)
-    for key, value in sorted(metadata.items()):
-        made.set_rt_info(value, [_SECTION, key])
-    half = precision == "fp16"
-    openvino.save_model(made, folder / FILE, compress_to_fp16=half)
-    # The digest of the .xml is that of the file: let it stand for the weights too.
-    made.set_rt_info(sha256(folder / WEIGHTS), [_SECTION, _WEIGHTS_SHA256])
-    openvino.save_model(made, folder / FILE, compress_to_fp16=half)
+            (folder / artifact.TWIN).write_bytes(path.with_name(onnx.FILE).read_bytes())
 
 
 def open(path: Path, *, threads: int | None = None) -> Classifier:
@@ -86,6 +89,8 @@ def open(path: Path, *, threads: int | None = None) -> Classifier:
 
     def run(images: Tensor) -> Tensor:
         pixels = images.detach().to("cpu", torch.float32).contiguous().numpy()
+        if not len(pixels):
+            return images.new_zeros(0, output.get_partial_shape()[1].get_length(), dtype=torch.float32)
         if list(pixels.shape[1:]) != wanted[1:]:  # OpenVINO would compute something
             raise EdgekitError(f"takes images of the shape {wanted}, not {list(pixels.shape)}", where=path)
         try:
@@ -104,20 +109,23 @@ def describe(path: Path) -> dict[str, Any]:
         EdgekitError: OpenVINO does not take the file; (exit code 4) it is not installed.
     """
     model = _read(package(), path)
-    operators = collections.Counter(
-        node.get_type_name() for node in model.get_ordered_ops() if node.get_type_name() not in _PLAIN
-    )
+    operators: dict[str, collections.Counter[str]] = {"int8": collections.Counter(), "float": collections.Counter()}
+    constant: set[str] = set()
+    for node in model.get_ordered_ops():
+        kind, sources = node.get_type_name(), [value.get_node() for value in node.input_values()]
+        if kind == "Constant" or (sources and constant.issuperset(each.get_friendly_name() for each in sources)):
+            constant.add(node.get_friendly_name())  # computed once, when the file is loaded
+        elif kind not in ("FakeQuantize", "Parameter", "Result"):
+            whole = any(each.get_type_name() == "FakeQuantize" for each in sources[:1])
+            operators["int8" if whole else "float"][kind] += 1
     (first,) = model.inputs
     return {
         "format": "openvino",
         "bytes": path.stat().st_size + path.with_suffix(".bin").stat().st_size,
-        "operators": dict(sorted(operators.items())),
+        "operators": {precision: dict(sorted(count.items())) for precision, count in operators.items() if count},
         "input": {"name": first.get_any_name(), "shape": [_size(each) for each in first.get_partial_shape()]},
-        "metadata": _metadata(model),
+        "metadata": {key: value for key, value in _metadata(model).items() if key != _WEIGHTS_SHA256},
     }
-
-
-_PLAIN = ("Constant", "Convert", "Parameter", "Result")
 
 
 def running(path: Path) -> dict[str, Any]:

@@ -73,6 +73,10 @@ def _forgotten() -> int:
 def _import(format: str | None) -> None:
     if format == "torchscript":
         from edgekit.formats import torchscript  # noqa: F401
+    elif format == "openvino":
+        from edgekit.formats import openvino
+
+        openvino.package()
     else:
         import onnxruntime  # noqa: F401
 
