@@ -336,6 +336,7 @@ def doctor(json: Json = False) -> None:
         from edgekit.report import doctor as report
 
         _print(report.to_table(document))
+        _print(report.closing(document), soft_wrap=True)
     raise typer.Exit(0 if document["works"] else ENVIRONMENT)
 
 
@@ -349,10 +350,10 @@ def _list(json: bool, rows: list[dict[str, str]], note: str) -> None:
     say(note)
 
 
-def _print(table: Any) -> None:
+def _print(table: Any, *, soft_wrap: bool = False) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console().print(table, soft_wrap=soft_wrap)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -84,9 +84,9 @@ def examine() -> dict[str, Any]:
     begin = time.monotonic()
     floors = requirements()
     formats = [f"format:{name}" for name in JUDGED]
-    emulated = [f"processor:{name}" for name in processors.EMULATED]
+    others = [f"processor:{name}" for name in processors.EMULATED]
     packages = [f"package:{name}" for name in floors]
-    outcomes = ask([[*packages, "digits"], ["gpu", "later", *formats], emulated])
+    outcomes = ask([[*packages, "digits"], ["gpu", "later", *formats], others])
     rows = [
         python(),
         *versions(floors, outcomes),
@@ -96,7 +96,7 @@ def examine() -> dict[str, Any]:
         gpu(outcomes["gpu"]),
         *(written(name, outcomes[f"format:{name}"], floors) for name in JUDGED),
         *unwritten(outcomes["later"]),
-        *(outcomes[f"processor:{name}"].row("emulated", name, needed=False) for name in processors.EMULATED),
+        *(emulated(name, outcomes[f"processor:{name}"]) for name in processors.EMULATED),
         *datasets(outcomes["digits"]),
     ]
     return {
@@ -218,7 +218,7 @@ def gpu(outcome: Outcome) -> Row:
     """No GPU is no fault: one that cannot be used is."""
     if outcome.found == "":
         return Row("machine", "gpu", NOT_NEEDED, False, "none that torch computes on; the processor does all")
-    return outcome.row("machine", "gpu", needed=False)
+    return outcome.row("machine", "gpu", needed=False, mend="See what nvidia-smi says; --device cpu does without")
 
 
 def unwritten(outcome: Outcome) -> list[Row]:
@@ -233,6 +233,11 @@ def written(name: str, outcome: Outcome, floors: Mapping[str, str]) -> Row:
     again = " ".join(["pip install --force-reinstall", *(f"'{one}>={floors[one]}'" for one in packages)])
     mend = again if name in _CORE else f"pip install 'edgekit[{name}]'"
     return outcome.row("formats", name, needed=name in _CORE, mend=mend)
+
+
+def emulated(name: str, outcome: Outcome) -> Row:
+    """A processor of --on, which is started where it was set up."""
+    return outcome.row("emulated", name, needed=False, mend=f"Once its fault is found: {processors.command([name])}")
 
 
 def datasets(digits: Outcome) -> list[Row]:
