@@ -10,11 +10,11 @@ from rich.text import Text
 from edgekit.report.words import plain
 
 HEADINGS = {
-    "core": "Python and packages",
+    "core": "packages",
     "machine": "this machine",
     "formats": "formats",
-    "emulated": "other processors, emulated (--on)",
-    "data": "data sets that recipes name",
+    "emulated": "emulated (--on)",
+    "data": "data sets",
 }
 _COLOURS = {"yes": "green", "no": "yellow", "not needed": "dim"}
 
