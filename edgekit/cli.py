@@ -354,6 +354,22 @@ def methods(json: Json = False) -> None:
     _list(json, rows, 'A recipe names one: [method] name = "rslad"')
 
 
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Try what works on this machine, and say what mends the rest; nothing is installed."""
+    from edgekit import doctor as work
+
+    document = work.examine()
+    if json:
+        _print_json(document)
+    else:
+        from edgekit.report import doctor as report
+
+        _print(report.to_table(document))
+        _print(report.closing(document), soft_wrap=True)
+    raise typer.Exit(0 if document["works"] else ENVIRONMENT)
+
+
 def _list(json: bool, rows: list[dict[str, str]], note: str) -> None:
     if json:
         _print_json(rows)
@@ -364,10 +380,10 @@ def _list(json: bool, rows: list[dict[str, str]], note: str) -> None:
     say(note)
 
 
-def _print(table: Any) -> None:
+def _print(table: Any, *, soft_wrap: bool = False) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console().print(table, soft_wrap=soft_wrap)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -155,7 +155,7 @@ def read(path: Path) -> "ModelProto":
             mend="Export it to ONNX with torch.onnx.export",
         )
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)  # whatever the suffix would mean to onnx
     except (DecodeError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

@@ -1,4 +1,7 @@
-"""This machine: its processor, its device, and the number of threads that is fastest here."""
+"""This machine: its processor, its memory, its device, and the number of threads that is fastest here.
+
+torch is loaded at first use: what the processor is can be said where torch is missing or broken (doctor.py).
+"""
 
 import contextlib
 import gc
@@ -11,11 +14,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from edgekit.errors import ENVIRONMENT, EdgekitError
 from edgekit.files import cache_folder, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 # What decides how 8-bit products are summed (SATURATION), best first; named as /proc/cpuinfo names them.
 _INT8 = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "sse4_1", "asimddp", "asimd")
@@ -35,10 +40,15 @@ def processor() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def int8_instructions() -> str:
-    """The widest instruction set for 8-bit arithmetic here, or "unknown"."""
+def instructions() -> tuple[str, ...]:
+    """The instruction sets for 8-bit arithmetic here, the widest first."""
     flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
-    return next((name for name in _INT8 if name in flags), "unknown")
+    return tuple(name for name in _INT8 if name in flags)
+
+
+def int8_instructions() -> str:
+    """The widest of them, or "unknown"."""
+    return next(iter(instructions()), "unknown")
 
 
 def saturates() -> bool:
@@ -54,12 +64,28 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def device(name: str | None) -> torch.device:
+def memory() -> tuple[int, int]:
+    """Bytes in all and bytes that are free, of this machine or of the container that this process is in."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    path = Path("/proc/meminfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), total)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        limit = "max"
+    total = min(total, int(limit)) if limit.isdigit() else total
+    return total, min(total, free)
+
+
+def device(name: str | None) -> "torch.device":
     """The device asked for, else the first GPU, else the CPU.
 
     Raises:
         EdgekitError: (exit code 4) the device is not there; (2) the name is no device.
     """
+    import torch
+
     if name is None:
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -84,12 +110,14 @@ def device(name: str | None) -> torch.device:
     return chosen
 
 
-def check_precision(precision: str, device: torch.device, *, where: object) -> None:
+def check_precision(precision: str, device: "torch.device", *, where: object) -> None:
     """Refuse a mixed precision that `device` does not compute in: nothing is replaced in silence.
 
     Raises:
         EdgekitError: (exit code 4) it does not.
     """
+    import torch
+
     able = {
         "fp16": device.type in ("cuda", "xpu"),
         "bf16": device.type != "mps" and (device.type != "cuda" or torch.cuda.is_bf16_supported()),
@@ -148,6 +176,8 @@ def enough_memory(*, where: object, mend: str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
+    import torch
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
@@ -159,6 +189,8 @@ def threads(key: str, work: Callable[[], object]) -> int:
     Two busy shared cores can be slower than one (FACTS), so nothing is assumed. The answer is kept in the cache folder:
     the sums of a convolution depend on it in the last bit, and the same recipe must give the same weights again.
     """
+    import torch
+
     place = cache_folder() / "threads.json"
     name = f"{processor()}, {cores()} cores, torch {torch.__version__}, {key}"
     try:

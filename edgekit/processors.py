@@ -155,12 +155,16 @@ def set_up(name: str) -> None:
         _fetch_arm(_place(name))
     elif name == "wasm":
         _fetch_web(_place(name))
-    found = _probe(name)
+    found = probe(name)
     write_text(_place(name) / "works", f"{found}\n")
 
 
-def _probe(name: str) -> str:
-    """What the processor's own runtime says of itself."""
+def probe(name: str) -> str:
+    """What the processor's own runtime says of itself.
+
+    Raises:
+        EdgekitError: (exit code 4) it does not start.
+    """
     if name == "wasm":
         return _run([*web(), "--version"], f"{name} does not start")
     python, search = interpreter(name)

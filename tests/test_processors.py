@@ -47,11 +47,11 @@ def test_set_up_fetches_once_and_believes_nothing_that_does_not_start(tmp_path: 
     def broken(name: str) -> str:
         raise EdgekitError(f"{name} does not start", exit_code=4)
 
-    monkeypatch.setattr(processors, "_probe", broken)
+    monkeypatch.setattr(processors, "probe", broken)
     with pytest.raises(EdgekitError, match="arm64 does not start"):
         processors.set_up("arm64")
     assert not processors.ready("arm64")
-    monkeypatch.setattr(processors, "_probe", lambda name: "it runs")
+    monkeypatch.setattr(processors, "probe", lambda name: "it runs")
     processors.set_up("arm64")
     assert processors.ready("arm64")
     assert not processors.ready("x86-sse")

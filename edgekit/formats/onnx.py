@@ -19,13 +19,17 @@ from edgekit.errors import EdgekitError
 from edgekit.models import Network
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto, ValueInfoProto
 
 FILE = "model.onnx"
 OPENED = (FILE,)
 RUNTIME = "ONNX Runtime"
 PRECISIONS = ("fp32", "int8")
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
+_CONVERTING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+# Operators that only move numbers: integers where they get integers.
+_MOVING = ("Flatten", "Gather", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+_INTEGER = ("QGemm", "MatMulInteger", "ConvInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 
 
 def lower(network: Network) -> "ModelProto":
@@ -112,7 +116,7 @@ def open(
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What the file itself holds: operators by precision, bytes, input, metadata.
+    """What the file itself holds: operators by precision, bytes, input, output, producer, metadata.
 
     Raises:
         EdgekitError: the file is no ONNX model.
@@ -121,33 +125,52 @@ def describe(path: Path) -> dict[str, Any]:
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)  # whatever its suffix would mean to onnx
         first = model.graph.input[0]
     except (DecodeError, IndexError):
         raise EdgekitError("not an ONNX file", where=path) from None
     quantized = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    making = ("QuantizeLinear", "DynamicQuantizeLinear")
+    integers = {node.output[0] for node in model.graph.node if node.op_type in making}
     operators: dict[str, collections.Counter[str]] = {"int8": collections.Counter(), "float": collections.Counter()}
     constant = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.input and constant.issuperset(node.input):
             constant.update(node.output)  # computed once, when the file is loaded
-        elif node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        elif _whole(node, integers):
+            operators["int8"][node.op_type] += 1
+            integers.update(node.output)
+        elif node.op_type not in _CONVERTING:
             # By its first input; a node with none (a Constant) holds floats.
             operators["int8" if quantized.intersection(node.input[:1]) else "float"][node.op_type] += 1
-    shape = [d.dim_param or d.dim_value for d in first.type.tensor_type.shape.dim]
     return {
         "format": "onnx",
         "bytes": path.stat().st_size,
         "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         "operators": {precision: dict(sorted(count.items())) for precision, count in operators.items() if count},
-        "input": {"name": first.name, "shape": shape},
+        "input": {"name": first.name, "shape": _shape(first)},
+        "output": {each.name: _shape(each) for each in model.graph.output},
+        "external": sorted(
+            {
+                entry.value
+                for tensor in model.graph.initializer
+                for entry in tensor.external_data
+                if entry.key == "location"
+            }
+        ),
+        "producer": f"{model.producer_name} {model.producer_version}".strip() or None,
         "metadata": {entry.key: entry.value for entry in model.metadata_props},
     }
 
 
-# Operators that only move numbers: integers where they get integers.
-_MOVING = ("Flatten", "Gather", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
-_INTEGER = ("QGemm", "MatMulInteger", "ConvInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+def _shape(value: "ValueInfoProto") -> list[str | int]:
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+
+
+def _whole(node: "NodeProto", integers: set[str]) -> bool:
+    """Whether the operator works on integers themselves, of which `integers` are known to be some."""
+    whole = node.op_type.startswith("QLinear") or node.op_type in _INTEGER
+    return whole or (node.op_type in _MOVING and not integers.isdisjoint(node.input[:1]))
 
 
 def running(path: Path) -> dict[str, Any]:
@@ -165,8 +188,7 @@ def running(path: Path) -> dict[str, Any]:
     integers: set[str] = set()
     count, floats = 0, collections.Counter[str]()
     for node in nodes:
-        whole = node.op_type.startswith("QLinear") or node.op_type in _INTEGER
-        if whole or (node.op_type in _MOVING and node.input[0] in integers):
+        if _whole(node, integers):
             count += 1
             integers.update(node.output)
         else:

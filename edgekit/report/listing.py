@@ -9,6 +9,8 @@ from rich.text import Text
 
 from edgekit.errors import printable
 
+ONE_BY_ONE = 6  # entries of several facts each that are shown; what is longer drowns the rest
+
 
 def to_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Plain columns; no name in a row can style the output."""
@@ -38,6 +40,8 @@ def _flat(document: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, s
         elif isinstance(value, list | tuple) and not any(isinstance(item, Mapping) for item in value):
             shown = ", ".join(map(str, value[:12])) + (f", … ({len(value)})" if len(value) > 12 else "")
             yield name, shown
+        elif isinstance(value, list | tuple) and len(value) > ONE_BY_ONE:
+            yield name, f"{len(value)} entries, which --json shows"
         elif isinstance(value, list | tuple):
             for number, item in enumerate(value):
                 yield from _flat(item, f"{name}.{number}.")
