@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgekit.models import Network
 
 # The share of their spread by which the scores of a file may differ from the network's: fp32, and int8.
-EXACT, ROUNDED = 1e-4, 0.1
+ALLOWED = {"fp32": 1e-4, "fp16": 0.01, "int8": 0.1}
 # Modules are mostly called as their packages are.
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL", "protobuf": "google.protobuf"}
 CUDA = "Install NVIDIA's driver for this GPU; nvidia-smi then lists it"
@@ -108,7 +108,6 @@ def format(name: str) -> str:
     import torch
 
     from edgekit.formats import FORMATS
-    from edgekit.jobs import PRECISIONS
     from edgekit.judge import runtime
 
     torch.set_num_threads(1)
@@ -117,27 +116,29 @@ def format(name: str) -> str:
     with torch.no_grad():
         expected = network(images)
     spread = (expected.max() - expected.min()).item()
-    ways: dict[str, Callable[[Path], None]] = {"fp32": lambda folder: FORMATS[name].write(network, folder, {})}
-    if name == "onnx":
-        ways["int8"] = lambda folder: _write_int8(network, images, folder)
-    for precision, write in ways.items():
-        allowed = spread * (EXACT if precision == "fp32" else ROUNDED)
+    for precision in FORMATS[name].PRECISIONS:
         with tempfile.TemporaryDirectory(prefix="edgekit-doctor-") as scratch:
-            write(Path(scratch))
-            for path in sorted(Path(scratch).iterdir()):
-                _compare(FORMATS[name].open(path, threads=1)(images), expected, allowed, f"{precision}, {path.name}")
-    rest = "".join(f"; {precision} not tried" for precision in PRECISIONS[name] if precision not in ways)
-    return f"{' and '.join(ways)}: written, opened and compared in {runtime(name)}{rest}"
+            if precision == "int8":
+                _write_int8(network, images, name, Path(scratch))
+            else:
+                FORMATS[name].write(network, Path(scratch), {}, precision)
+            for file in FORMATS[name].OPENED:
+                answered = FORMATS[name].open(Path(scratch) / file, threads=1)(images)
+                _compare(answered, expected, spread * ALLOWED[precision], f"{precision}, {file}")
+    *others, last = FORMATS[name].PRECISIONS
+    tried = f"{', '.join(others)} and {last}" if others else last
+    return f"{tried}: written, opened and compared in {runtime(name)}"
 
 
-def _write_int8(network: "Network", images: "torch.Tensor", folder: Path) -> None:
+def _write_int8(network: "Network", images: "torch.Tensor", name: str, folder: Path) -> None:
     from edgekit import quantize
-    from edgekit.formats import onnx
+    from edgekit.formats import FORMATS, onnx
 
-    made = quantize.quantize(onnx.lower(network), images, quantize.SCHEMES["x86"])
-    onnx.write_model(quantize.slim(made.model), folder, {})
-    if not onnx.running(folder / onnx.FILE)["int8"]:
-        raise EdgekitError("int8: ONNX Runtime runs none of its operators on integers")
+    format = FORMATS[name]
+    made = quantize.quantize(onnx.lower(network), images, quantize.SCHEMES["x86"]).model
+    format.write_model(quantize.slim(made) if name == "onnx" else made, folder, {}, "int8")
+    if not format.running(folder / format.FILE)["int8"]:
+        raise EdgekitError(f"int8: {format.RUNTIME} runs none of its operators on integers")
 
 
 def _compare(answered: "torch.Tensor", expected: "torch.Tensor", allowed: float, where: str) -> None:

@@ -84,7 +84,10 @@ def test_the_command_prints_a_table_or_one_document(tmp_path: Path):
     done = command("doctor", "--json", cwd=tmp_path, PYTHONPATH=str(ROOT), EDGEKIT_CACHE=str(tmp_path / "none"))
     found = rows(json.loads(done.stdout))
     assert done.returncode == 0, done.stdout
-    assert all(found[name]["works"] == YES for name in ("python", "torch", "onnx", "onnxruntime", *JUDGED, "digits"))
+    working = ("python", "torch", "onnx", "onnxruntime", *doctor._CORE, "digits")
+    assert all(found[name]["works"] == YES for name in working)
+        found[name]["works"] == YES for name in ("python", "torch", "onnx", "onnxruntime", *doctor._CORE, "digits")
+    )
     assert found["torch"]["found"] == importlib.metadata.version("torch")
     assert found["arm64"]["mend"] == processors.command(["arm64"])
     assert [found[name]["found"] for name in LATER] == ["not written by this version of edgekit"] * len(LATER)
@@ -102,7 +105,7 @@ def test_a_torch_that_kills_its_process_is_exit_code_4_and_all_else_is_answered(
     done = command("doctor", "--json", cwd=tmp_path, PYTHONPATH=path, EDGEKIT_CACHE=str(tmp_path / "none"))
     found = rows(json.loads(done.stdout))
     assert done.returncode == 4
-    for name in ("torch", *JUDGED):  # of the two rows that are called onnx the later one, the format's
+    for name in ("torch", *doctor._CORE):  # of the two rows that are called onnx the later one, the format's
         assert (found[name]["works"], found[name]["needed"]) == (NO, True)
         assert "SIGSEGV" in found[name]["found"]
         assert "pip install" in found[name]["mend"]
