@@ -86,8 +86,6 @@ def test_the_command_prints_a_table_or_one_document(tmp_path: Path):
     assert done.returncode == 0, done.stdout
     working = ("python", "torch", "onnx", "onnxruntime", *doctor._CORE, "digits")
     assert all(found[name]["works"] == YES for name in working)
-        found[name]["works"] == YES for name in ("python", "torch", "onnx", "onnxruntime", *doctor._CORE, "digits")
-    )
     assert found["torch"]["found"] == importlib.metadata.version("torch")
     assert found["arm64"]["mend"] == processors.command(["arm64"])
     assert [found[name]["found"] for name in LATER] == ["not written by this version of edgekit"] * len(LATER)
