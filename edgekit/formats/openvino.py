@@ -139,7 +139,7 @@ def running(path: Path) -> dict[str, Any]:
     constant: set[str] = set()
     for node in graph.get_ordered_ops():
         about = {key: str(value.astype(str)) for key, value in node.get_rt_info().items() if hasattr(value, "astype")}
-        kind, precision = about.get("layerType", node.get_type_name()), about.get("runtimePrecision", "")
+        kind, precision = about.get("layerType") or str(node.get_type_name()), about.get("runtimePrecision")
         sources = [value.get_node().get_friendly_name() for value in node.input_values()]
         if kind == "Const" or (sources and constant.issuperset(sources)):
             constant.add(node.get_friendly_name())  # computed once

@@ -19,7 +19,7 @@ from edgekit.judge.child import OPENING, SUFFIXES
 from edgekit.judge.line import dialled, started
 from edgekit.judge.remote import Remote
 
-RUNTIMES = {name: format.RUNTIME for name, format in FORMATS.items()}
+RUNTIMES: dict[str, str] = {name: format.RUNTIME for name, format in FORMATS.items()}
 SECONDS = 120.0  # for one batch: an emulated processor takes seconds where this one takes milliseconds
 EMULATED, AT_ONCE = 600.0, 25  # the same where a processor is emulated, for at most so many images
 _SCHEME = "tcp://"
