@@ -12,8 +12,11 @@ RUNTIME = {"onnx": "onnxruntime", "torchscript": "torch", "openvino": "openvino"
 
 @functools.cache
 def runtime(format: str) -> str:
-    """Such as "onnxruntime 1.32.0"."""
-    return f"{RUNTIME[format]} {importlib.metadata.version(RUNTIME[format])}"
+    """Such as "onnxruntime 1.32.0"; the name alone where it is an extra that is not installed."""
+    try:
+        return f"{RUNTIME[format]} {importlib.metadata.version(RUNTIME[format])}"
+    except importlib.metadata.PackageNotFoundError:
+        return RUNTIME[format]
 
 
 def judged_on(format: str) -> str:
