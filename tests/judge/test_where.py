@@ -1,6 +1,8 @@
 """The words for where a file was judged."""
 
 import re
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import onnxruntime
@@ -8,13 +10,16 @@ import torch
 
 from edgekit import judge
 from edgekit.formats import FORMATS
+from edgekit.judge import where
 
 TORCH = torch.__version__.partition("+")[0]  # which build it is stands in no verdict
 
 
 def test_where_it_was_judged_is_said_as_the_contract_says():
     for format in FORMATS:
-        assert re.fullmatch(r"\S+ \S+, (onnxruntime|torch) \d+\.\d+\S*", judge.judged_on(format))
+        here = find_spec(where.RUNTIME[format]) is not None  # an extra that is not installed has no version
+        runtime = r"(onnxruntime|torch|openvino)" + (r" \d+\.\d+\S*" if here else "")
+        assert re.fullmatch(rf"\S+ \S+, {runtime}", judge.judged_on(format))
     assert judge.judged_on("onnx").endswith(f", onnxruntime {onnxruntime.__version__}")
     assert judge.runtime("torchscript") == f"torch {TORCH}"
 
@@ -22,7 +27,8 @@ def test_where_it_was_judged_is_said_as_the_contract_says():
 def test_the_machine_block_names_what_this_machine_has():
     block = judge.machine_block()
     assert set(block) == {"cpu", "int8_instructions", "runtimes"}
-    assert block["runtimes"] == {"onnxruntime": onnxruntime.__version__, "torch": TORCH}
+    extra = {"openvino": version("openvino")} if find_spec("openvino") else {}
+    assert block["runtimes"] == {"onnxruntime": onnxruntime.__version__, "torch": TORCH} | extra
     assert block["cpu"]
     if (path := Path("/proc/cpuinfo")).is_file() and block["int8_instructions"] != "unknown":
         assert block["int8_instructions"] in path.read_text().split()
