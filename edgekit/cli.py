@@ -84,7 +84,7 @@ def distill(
 def export(
     run: Annotated[Path | None, typer.Argument(help="A run folder.", show_default="the latest run")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Write int8 files too.")] = False,
-    fp16: Annotated[bool, typer.Option("--fp16", help="Not yet: no format of this version writes fp16.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Write fp16 files too, in formats that have it.")] = False,
     format: Annotated[str | None, typer.Option(metavar="F,…", help="onnx, torchscript, openvino, all.")] = None,
     qat: Annotated[bool, typer.Option("--qat", help="Train the int8 file further; a second time continues.")] = False,
     qat_control: Annotated[

@@ -59,7 +59,7 @@ def export(
     Args:
         run: a run folder; the latest by default.
         int8: with `formats`, this precision is added to fp32 in every format named; without, onnx-int8 is added.
-        fp16: refused: no format of this version writes it.
+        fp16: with `formats`, this precision too; only formats that have it.
         formats: names of FORMATS, also as one string with commas; "all" is every one of them.
         ptq: "tuned": int8 files get the settings that cost least on validation images; "plain": min-max ranges.
         sensitivity: measure what quantizing each layer alone costs, on validation images: sensitivity.json and
@@ -101,7 +101,7 @@ def export(
             "the student is trained already; only keys of the table [qat] can be set", where=f"--set {wrong[0]}"
         )
     student = models.load(place.student, factory=recipe.student.architecture)
-    again = typed(place, ptq, sensitivity, robust_drop, qat, qat_control, changes, formats, label, force)
+    again = typed(place, fp16, ptq, sensitivity, robust_drop, qat, qat_control, changes, formats, label, force)
     order = Order(place, source, recipe, student, ptq, robust_drop, qat, again, force)
     standing = [_standing(place.artifacts / job.name, order, job) for job in jobs]
     unmeasured = sensitivity and any(
@@ -302,7 +302,8 @@ def _tell(written: Artifact) -> None:
             f"{written.name}: trained further, best after epoch {best['epoch']} of {trained['epochs']}: validation "
             f"accuracy {100 * best['clean_accuracy']:.1f} % clean, {100 * best['robust_accuracy']:.1f} % under PGD"
         )
-    if "scheme" in written.record and written.record["scheme"]["cannot_saturate"]:
+    # Proved for the order in which ONNX Runtime's kernels pair weights; of others nothing is known.
+    if written.format == "onnx" and "scheme" in written.record and written.record["scheme"]["cannot_saturate"]:
         # Where this processor never sums in 16 bits, the default and the precise session are one arithmetic.
         measured = "; both arithmetics gave the same answers here" if machine.saturates() else ""
         say(f"{written.name}: no pair of weights can saturate 16 bits{measured}")

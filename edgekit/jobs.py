@@ -178,6 +178,7 @@ def made_from(run: Run) -> dict[str, Any]:
 
 def typed(
     place: Run,
+    fp16: bool,
     ptq: str,
     sensitivity: bool,
     robust_drop: float | None,
@@ -189,7 +190,8 @@ def typed(
     force: bool,
 ) -> str:
     """The command that asks for the same."""
-    typed = ["edgekit", "export", str(place.folder), "--int8", *["--qat"] * qat, *["--qat-control"] * control]
+    typed = ["edgekit", "export", str(place.folder), "--int8", *["--fp16"] * fp16]
+    typed += [*["--qat"] * qat, *["--qat-control"] * control]
     typed += [part for override in overrides for part in ("--set", override)]
     typed += ["--ptq", ptq] if ptq != "tuned" else []
     typed += ["--sensitivity"] * sensitivity

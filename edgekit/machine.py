@@ -64,6 +64,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_CGROUP = Path("/sys/fs/cgroup")
+
+
 def memory() -> tuple[int, int]:
     """Bytes in all and bytes that are free, of this machine or of the container that this process is in."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -71,10 +74,11 @@ def memory() -> tuple[int, int]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), total)
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
-        limit = "max"
-    total = min(total, int(limit)) if limit.isdigit() else total
+        return total, min(total, free)
+    if limit.isdigit():
+        total, free = min(total, int(limit)), min(free, max(0, int(limit) - int(used)))
     return total, min(total, free)
 
 

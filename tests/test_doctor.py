@@ -227,6 +227,17 @@ def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch):
     assert (doctor.memory().works, doctor.memory().found) == (NO, "1.0 of 8.0 GiB free")
 
 
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    whole = machine.memory()  # no files: no container
+    (tmp_path / "memory.current").write_text(f"{3 * 2**28}\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory()[0] == whole[0]
+    (tmp_path / "memory.max").write_text(f"{2**30}\n")
+    assert machine.memory() == (2**30, 2**28)
+    assert doctor.memory().found == "0.2 of 1.0 GiB free" and doctor.memory().works == NO
+
+
 def test_no_gpu_is_no_fault(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(trial, "nvidia", lambda: False)

@@ -14,7 +14,7 @@ import torch
 from test_exporter import make
 
 import edgekit
-from edgekit import artifact, data, jobs, judge, models, runs, twin
+from edgekit import artifact, data, exporter, jobs, judge, models, runs, twin
 from edgekit.bencher import bench
 from edgekit.classifier import predict
 from edgekit.errors import EdgekitError
@@ -112,6 +112,22 @@ def test_an_int8_file_has_its_graph_beside_it_for_gradients(whole: tuple[runs.Ru
     assert judged["twin"]["agreement"] > 0.9
     assert {"float", "twin"} <= set(judged["attacks"][0]["sources"])
     assert judged["bytes"] == artifact.load(folder).bytes
+
+
+@needs_openvino
+def test_nothing_is_said_of_how_its_kernels_sum(whole: tuple[runs.Run, dict[str, Any]], capsys):
+    """The proof is of the order in which ONNX Runtime's kernels pair weights."""
+    run, _ = whole
+    exporter._tell(artifact.load(run.artifacts / "openvino-int8"))
+    said = capsys.readouterr().err
+    assert "OpenVINO runs" in said and "saturate" not in said and "arithmetics" not in said
+
+
+def test_the_command_to_continue_asks_for_the_same():
+    place = runs.Run(Path("runs/a"))
+    about = ("plain", False, None, True, False, ["qat.epochs=1"], "openvino", "b", False)
+    words = "edgekit export runs/a --int8 --fp16 --qat --set qat.epochs=1 --ptq plain --format openvino --label b"
+    assert jobs.typed(place, True, *about) == words
 
 
 @needs_openvino
