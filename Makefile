@@ -11,9 +11,10 @@ BIN := .venv/bin
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --group dev --editable .
 	touch $@
 
-# Every further format that edgekit writes by now, in the same environment.
+# Every further format, in the same environment.
+FORMATS := openvino,executorch,litert,ncnn,coreml,tensorrt-rtx
 everything: .venv/.done
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable ".[openvino]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable ".[$(FORMATS)]"
 
 quickstart: .venv/.done
 	$(BIN)/edgekit distill recipes/mobilenet.toml

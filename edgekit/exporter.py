@@ -130,7 +130,7 @@ def export(
             with Kept(place.folder / f".{job.name}.search.json") as kept:
                 material = made = None
                 if stock is not None and job.precision == "int8" and (sensitivity or robust_drop is not None):
-                    material = stock.material(kept, partial(_note, bar, task, job.name))
+                    material = stock.material(job, kept, partial(_note, bar, task, job.name))
                 if there:
                     say(f"{job.name}: already there")
                 elif stock is not None:
@@ -171,7 +171,7 @@ def _standing(folder: Path, order: Order, job: Job) -> bool:
             "what stands here is no artifact", where=folder, mend="Use --label to keep it, or --force to replace it"
         )
     there = artifacts.load(folder).record
-    scheme = quantize.SCHEMES["x86"].record() if job.precision == "int8" else None
+    scheme = quantize.SCHEMES[FORMATS[job.format].SCHEME].record() if job.precision == "int8" else None
     same = [there.get("made_from") == order.made_from, there.get("edgekit") == edgekit.__version__]
     same.append(there.get("scheme") == scheme)
     searched = there.get("robust_drop", {})
@@ -200,7 +200,7 @@ def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | 
     }
     with writing_folder(folder) as part:
         if made is not None:
-            if job.precision == "int8":
+            if job.precision == "int8" and quantize.SCHEMES[format.SCHEME].cannot_saturate:
                 _safe(made.model, job)
             format.write_model(made.model, part, metadata, job.precision)
             record |= made.record

@@ -12,11 +12,11 @@ from edgekit import data, quantize
 from edgekit.assignment import attackable
 from edgekit.console import say
 from edgekit.data import Dataset, Split
-from edgekit.formats import onnx
+from edgekit.formats import FORMATS, onnx
 from edgekit.jobs import Job, Order
 from edgekit.quantize import ladder
 from edgekit.quantize.ladder import Kept, Material
-from edgekit.quantize.start import PTQ, Start
+from edgekit.quantize.start import PTQ, Evidence, Start, evidence
 from edgekit.runs import Run
 
 if TYPE_CHECKING:
@@ -49,14 +49,25 @@ class Stock:
         return validation[data.stratified(validation.labels, COMPARED, 0)]
 
     @cached_property
-    def start(self) -> Start:
-        student, recipe = self.order.student, self.order.recipe
-        begin = PTQ[self.order.ptq]
-        return begin(onnx.lower(student), student, self.dataset, recipe.inner.epsilon, quantize.SCHEMES["x86"])
+    def starts(self) -> dict[str, Start]:
+        """By scheme, as they are made."""
+        return {}
 
-    def material(self, kept: Kept, note: Callable[[str], None]) -> Material:
+    @cached_property
+    def evidence(self) -> Evidence:
+        return evidence(self.order.student, self.dataset, self.order.recipe.inner.epsilon)
+
+    def start(self, job: Job) -> Start:
+        """What int8 graphs in the scheme of the job's format begin with."""
+        scheme = quantize.SCHEMES[FORMATS[job.format].SCHEME]
+        if scheme.name not in self.starts:
+            lowered, images = onnx.lower(self.order.student), self.dataset.calibration.floats()
+            self.starts[scheme.name] = PTQ[self.order.ptq](lowered, scheme, images, lambda: self.evidence)
+        return self.starts[scheme.name]
+
+    def material(self, job: Job, kept: Kept, note: Callable[[str], None]) -> Material:
         """What tries of a search are made of and measured with."""
-        start, network = self.start, attackable(copy.deepcopy(self.order.student))
+        start, network = self.start(job), attackable(copy.deepcopy(self.order.student))
         about = (start.model, start.images, start.scheme, start.settings)
         return Material(*about, network, self.chosen, self.order.recipe.inner.epsilon, kept, note)
 
@@ -68,6 +79,7 @@ class Stock:
         """
         if job.precision != "int8":
             return Made(learnt.model, {"qat": learnt.record}) if job.trained and (learnt := self._learn(job)) else None
+        start = self.start(job)
         more: dict[str, Any] = {}
         if self.order.robust_drop is not None:
             if material is None or full is None:
@@ -79,12 +91,12 @@ class Stock:
         elif job.trained:
             made = self._further(job)
         else:
-            made = self.start.made
+            made = start.made
         if made.trained is not None:
             more["qat"] = made.trained
         record = {
-            "scheme": self.start.scheme.record(),
-            "calibration": made.calibration | self.start.record,
+            "scheme": start.scheme.record(),
+            "calibration": made.calibration | start.record,
             "in_float": made.in_float,
             "float_layers": made.float_layers,
         }
@@ -93,7 +105,7 @@ class Stock:
         return Made(model, record | more)
 
     def _last_step(self, job: Job) -> Iterator[ladder.Rung]:
-        yield ladder.Rung("trained further", self.start.settings.in_float, partial(self._further, job))
+        yield ladder.Rung("trained further", self.start(job).settings.in_float, partial(self._further, job))
 
     def _further(self, job: Job) -> quantize.Quantized:
         learnt = self._learn(job)
@@ -105,7 +117,7 @@ class Stock:
         from edgekit.quantize import qat
 
         train.alone()
-        order, start = self.order, self.start
+        order, start = self.order, self.start(job)
         label = job.label or "qat"
         try:
             return qat.learn(

@@ -135,7 +135,7 @@ def _write_int8(network: "Network", images: "torch.Tensor", name: str, folder: P
     from edgekit.formats import FORMATS, onnx
 
     format = FORMATS[name]
-    made = quantize.quantize(onnx.lower(network), images, quantize.SCHEMES["x86"]).model
+    made = quantize.quantize(onnx.lower(network), images, quantize.SCHEMES[FORMATS[name].SCHEME]).model
     format.write_model(quantize.slim(made) if name == "onnx" else made, folder, {}, "int8")
     if not format.running(folder / format.FILE)["int8"]:
         raise EdgekitError(f"int8: {format.RUNTIME} runs none of its operators on integers")

@@ -26,6 +26,7 @@ OPENED = (FILE,)
 RUNTIME = "ONNX Runtime"
 PRECISIONS = ("fp32", "int8")
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
+SCHEME = "x86"
 _CONVERTING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 # Operators that only move numbers: integers where they get integers.
 _MOVING = ("Flatten", "Gather", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")

@@ -28,6 +28,7 @@ OPENED = (FILE,)
 RUNTIME = "OpenVINO"
 PRECISIONS = ("fp32", "fp16", "int8")
 PACKAGES = ("torch", "onnx", "onnxscript", "openvino")
+SCHEME = "x86"
 
 _SECTION, _WEIGHTS_SHA256 = "edgekit", "weights_sha256"
 # Beside weights, what the runtime adds to move numbers between its layouts is no operator of the network.

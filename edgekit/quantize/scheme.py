@@ -58,7 +58,11 @@ class Scheme:
 SCHEMES: dict[str, Scheme] = {
     # ONNX Runtime on x86 gains nothing from signed activations, and its older kernels clip sums of two products.
     "x86": Scheme("x86", Format(8, True, True, "channel"), Format(8, False, False, "tensor"), cannot_saturate=True),
-    # TensorRT and XNNPACK take zero points of 0 alone, and sum in 32 bits.
+    # XNNPACK and LiteRT: signed activations with a zero point of their own, summed in 32 bits.
+    "signed": Scheme(
+        "signed", Format(8, True, True, "channel"), Format(8, True, False, "tensor"), cannot_saturate=False
+    ),
+    # TensorRT and ncnn take zero points of 0 alone, and sum in 32 bits.
     "symmetric": Scheme(
         "symmetric", Format(8, True, True, "channel"), Format(8, True, True, "tensor"), cannot_saturate=False
     ),

@@ -43,26 +43,25 @@ class Start:
     record: dict[str, Any]
 
 
-def plain(model: onnx.ModelProto, student: Network, dataset: Dataset, epsilon: float, scheme: Scheme) -> Start:
-    """Min-max ranges over the clean calibration images, and nothing else."""
-    settings, images = Settings(), dataset.calibration.floats()
+def plain(model: onnx.ModelProto, scheme: Scheme, images: Tensor, rests: Callable[[], Evidence]) -> Start:
+    """Min-max ranges over the clean calibration `images`, and nothing else."""
+    settings = Settings()
     return Start(model, scheme, settings, images, quantize(model, images, scheme, settings), {"ptq": "plain"})
 
 
-def tuned(model: onnx.ModelProto, student: Network, dataset: Dataset, epsilon: float, scheme: Scheme) -> Start:
-    """The best of choice.CANDIDATES on validation images, clean and attacked within `epsilon`; no test image."""
-    rests = evidence(student, dataset, epsilon)
-    made, candidates = select(model, scheme, rests)
+def tuned(model: onnx.ModelProto, scheme: Scheme, images: Tensor, rests: Callable[[], Evidence]) -> Start:
+    """The best of choice.CANDIDATES on the validation images that it `rests` on, clean and attacked; no test image."""
+    evidence = rests()
+    made, candidates = select(model, scheme, evidence)
     taken = next(one for one in candidates if one.settings.record().items() <= made.calibration.items())
     clean, hostile = (f"{100 * value:.1f} %" for value in taken.agreement)
     say(
         f"Of {len(candidates)} int8 quantizations chosen: {taken.settings}; agrees with the student on {clean} of "
-        f"{len(rests.clean)} validation images, on {hostile} of them attacked (PGD-{STEPS} on the student)"
+        f"{len(evidence.clean)} validation images, on {hostile} of them attacked (PGD-{STEPS} on the student)"
     )
-    images = rests.calibration
     if taken.settings.adversarial:
-        images = torch.cat([images, rests.attacked])
-    record = {"ptq": "tuned", "measured_on": len(rests.clean), "candidates": [one.record() for one in candidates]}
+        images = torch.cat([images, evidence.attacked])
+    record = {"ptq": "tuned", "measured_on": len(evidence.clean), "candidates": [one.record() for one in candidates]}
     return Start(model, scheme, taken.settings, images, made, record)
 
 
@@ -80,7 +79,8 @@ def evidence(student: Network, dataset: Dataset, epsilon: float) -> Evidence:
     )
 
 
-PTQ: dict[str, Callable[[onnx.ModelProto, Network, Dataset, float, Scheme], Start]] = {"tuned": tuned, "plain": plain}
+Begin = Callable[[onnx.ModelProto, Scheme, Tensor, Callable[[], Evidence]], Start]
+PTQ: dict[str, Begin] = {"tuned": tuned, "plain": plain}
 
 
 def iterates(student: Network, split: Split, epsilon: float) -> Tensor:
