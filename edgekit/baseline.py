@@ -1,7 +1,7 @@
 """`verify --baseline verdict.json`: the file against that of an earlier release, paired on the same samples.
 
 What the earlier file did to each sample stands in samples.jsonl beside its verdict. Nothing is compared that was not
-attacked alike: the same data, samples, seed, attacks and ball.
+attacked alike: the same data, samples, seed, attacks, ball and processors.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from edgekit import verdict
+from edgekit import processors, verdict
 from edgekit.console import say
 from edgekit.errors import EdgekitError
 from edgekit.examine import Earlier, Trial
@@ -97,6 +97,7 @@ def held_against(
     names: Sequence[str],
     trial: Trial,
     data: Data,
+    on: Sequence[str] = (),
     *,
     some: bool = False,
 ) -> dict[str, Earlier]:
@@ -105,6 +106,7 @@ def held_against(
     The counterpart has the same name, or is the only one where there is only one on either side.
 
     Args:
+        on: the processors that each file is judged on, where they are named.
         some: the trial's samples come one look after the other: the baseline may hold more than were drawn in the end.
     Raises:
         EdgekitError: the baseline was attacked otherwise, or on other samples; or none of the files is in it.
@@ -116,14 +118,12 @@ def held_against(
         ("the attacks differ", ", ".join(before.attacks), ", ".join(attacks)),
         ("the norm differs", before.norm, trial.norm),
         ("epsilon differs", before.epsilon, trial.epsilon),
+        ("what --grid asks for differs", _pixels(before.grid), _pixels(trial.grid)),
         ("the seed differs", before.seed, trial.seed),
         *([] if some else [("the number of samples differs", before.samples, len(trial.labels))]),
     ]
     for what, then, now in asked:
-        if then != now:
-            raise EdgekitError(
-                f"another release is compared on like terms only, and {what}: {then} there, {now} here", where=where
-            )
+        _alike(what, then, now, where)
     judged = [one for one in before.artifacts if one.verdict != "not_run"]
     found: dict[str, Earlier] = {}
     for name in names:
@@ -133,12 +133,29 @@ def held_against(
         if counterpart is None:
             say(f"{name}: the baseline judged no file of that name, and it is not compared")
             continue
+        # A sample is robust only where it is so on all of them.
+        _alike(f"the processors of {name} differ", _named(counterpart.places), _named(on), where)
         _cover(baseline, counterpart, trial)
         found[name] = _comparison(baseline, counterpart)
     if not found:
         there = ", ".join(one.name for one in judged) or "none"
         raise EdgekitError(f"it judged none of these files ({', '.join(names)}), but {there}", where=where)
     return found
+
+
+def _alike(what: str, then: object, now: object, where: Path) -> None:
+    if then != now:
+        raise EdgekitError(
+            f"another release is compared on like terms only, and {what}: {then} there, {now} here", where=where
+        )
+
+
+def _pixels(grid: bool) -> str:
+    return "uint8 values" if grid else "any values"
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join([processors.NATIVE, *sorted(processors.emulated(names))])
 
 
 def _cover(baseline: Baseline, one: ArtifactVerdict, trial: Trial) -> None:

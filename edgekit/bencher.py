@@ -29,7 +29,7 @@ from edgekit.errors import BAD_INPUT, ENVIRONMENT, EdgekitError
 from edgekit.files import write_json
 from edgekit.foreign import utf8
 from edgekit.formats import FORMATS
-from edgekit.lineup import Contender, Judged, contenders, judged
+from edgekit.lineup import Contender, Judged, Setting, contenders, judged
 from edgekit.report import pareto
 from edgekit.statistics import front, nearest_rank
 from edgekit.verdict import to_dict
@@ -95,8 +95,7 @@ def bench(
         "cold_starts": COLD,
     }
     if setting is not None:
-        attacks, norm, epsilon, data = setting
-        document["judged_under"] = {"attacks": list(attacks), "norm": norm, "epsilon": epsilon, "data_sha256": data}
+        document["judged_under"] = _ball(setting) | {"data_sha256": setting.data, **_drawn(setting)}
     document["artifacts"] = reports
     _keep(document, list(dict.fromkeys(OWN if one.run is None else one.run.folder for one in listed)))
     return document
@@ -270,15 +269,22 @@ def _report(
         report["robust_accuracy"] = to_dict(found.accuracy)
         report["judged"] = {
             "verdict": found.verdict,
-            "attacks": list(found.setting[0]),
-            "norm": found.setting[1],
-            "epsilon": found.setting[2],
-            "samples": found.samples,
+            **_ball(found.setting),
+            **_drawn(found.setting),
             "file": utf8(found.path),
             "comparable": found.against is None,
             **({} if found.against is None else {"why": found.against}),
         }
     return report
+
+
+def _ball(setting: Setting) -> dict[str, Any]:
+    about = {"attacks": list(setting.attacks), "norm": setting.norm, "epsilon": setting.epsilon}
+    return about | {"grid": setting.grid}
+
+
+def _drawn(setting: Setting) -> dict[str, Any]:
+    return {"samples": setting.samples, "seed": setting.seed, "processors": list(setting.processors)}
 
 
 def _operators(one: Contender) -> dict[str, Any]:

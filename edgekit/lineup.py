@@ -11,10 +11,31 @@ from edgekit import foreign, runs, verdict
 from edgekit.artifact import Artifact
 from edgekit.assignment import OWN_VERDICTS
 from edgekit.errors import EdgekitError
+from edgekit.processors import emulated
 from edgekit.runs import Run
 from edgekit.verdict import Accuracy
 
-Setting = tuple[tuple[str, ...], str, float, str]  # attacks, norm, epsilon, sha256 of the data: what must be alike
+
+@dataclass(frozen=True)
+class Setting:
+    """What must be alike where two accuracies are to be compared; `data` is a sha256."""
+
+    attacks: tuple[str, ...]
+    norm: str
+    epsilon: float
+    grid: bool
+    data: str
+    samples: int
+    seed: int
+    processors: tuple[str, ...]
+
+    def apart(self, other: "Setting") -> str:
+        """What tells the two apart, in two words."""
+        if self.data != other.data:
+            return "other data"
+        if (self.samples, self.seed) != (other.samples, other.seed):
+            return "other samples"
+        return "other processors" if replace(self, processors=other.processors) == other else "other attacks"
 
 
 @dataclass(frozen=True)
@@ -53,13 +74,12 @@ class Judged:
     """What a verdict found for one file.
 
     Attributes:
-        path: of the verdict.json.    samples: that the accuracy rests on.
+        path: of the verdict.json.
         against: why the accuracy is not to be set beside the others', None where it is.
     """
 
     accuracy: Accuracy
     setting: Setting
-    samples: int
     verdict: str
     path: Path
     against: str | None = None
@@ -162,8 +182,7 @@ def _chosen(found: dict[Setting, Judged], common: Setting | None) -> Judged | No
     if not found:
         return None
     newest = list(found.values())[-1]
-    alike = common is not None and newest.setting[-1] == common[-1]
-    return replace(newest, against="other attacks" if alike else "other data")
+    return replace(newest, against="other data" if common is None else newest.setting.apart(common))
 
 
 def _verdicts(one: Contender) -> dict[Setting, Judged]:
@@ -176,13 +195,14 @@ def _verdicts(one: Contender) -> dict[Setting, Judged]:
             for file in document.artifacts:
                 if file.sha256 != one.sha256 or file.robust_accuracy is None:
                     continue
-                setting = (document.attacks, document.norm, document.epsilon, document.data.sha256)
+                drawn = document.drawn(file)
+                ball = (document.attacks, document.norm, document.epsilon, document.grid)
+                setting = Setting(*ball, document.data.sha256, drawn, document.seed, emulated(file.places))
                 failed = [check.name for check in file.checks if not check.passed]
                 found.pop(setting, None)
                 found[setting] = Judged(
                     file.robust_accuracy,
                     setting,
-                    document.drawn(file),
                     file.verdict,
                     path,
                     f"the check {failed[0]} failed" if failed else None,

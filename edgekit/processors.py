@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,11 @@ def parse(names: str) -> tuple[str, ...]:
     for name in asked:
         choose(PROCESSORS, name, "processor", where=f"--on {names}")
     return tuple(dict.fromkeys([NATIVE, *asked]))
+
+
+def emulated(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of `names` that are processors beside this machine's own; what else a file was judged under is none."""
+    return tuple(name for name in names if name in PROCESSORS and name != NATIVE)
 
 
 def require(names: Sequence[str]) -> None:

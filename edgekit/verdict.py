@@ -202,6 +202,11 @@ class ArtifactVerdict:
     why: str
     command: str | None = None  # of a file that cannot run here: what judges it on its device
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The processors and arithmetics that it was judged under, where there is more than one."""
+        return tuple(place.processor for place in self.judged_on) if isinstance(self.judged_on, tuple) else ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -214,6 +219,7 @@ class Verdict:
     attacks: tuple[str, ...]
     norm: str
     epsilon: float
+    grid: bool = False  # whether only images of uint8 values counted as adversarial
     samples: int
     seed: int
     tolerance: float
@@ -543,6 +549,7 @@ def summarize(
     machine: Machine,
     float_student: FloatStudent | None = None,
     looks: int = 1,
+    grid: bool = False,
     report: str | None = None,
     skip_unavailable: bool = False,
 ) -> Verdict:
@@ -558,6 +565,7 @@ def summarize(
         attacks=tuple(attacks),
         norm=norm,
         epsilon=epsilon,
+        grid=grid,
         samples=samples,
         seed=seed,
         tolerance=rules.tolerance,

@@ -157,7 +157,9 @@ def verify(
         grid,
     )
     names = [entry.about["name"] for entry in assignment.entries]
-    compared = earlier.held_against(before, names, trial, assignment.data, some=until_decided) if before else {}
+    compared = (
+        earlier.held_against(before, names, trial, assignment.data, places or (), some=until_decided) if before else {}
+    )
     if plan is not None:
         say(_announced(plan))
     if assignment.student is not None:
@@ -199,6 +201,7 @@ def verify(
             results.artifacts,
             attacks=[one.name for one in attacks],
             norm=trial.norm,
+            grid=trial.grid,
             epsilon=trial.epsilon,
             samples=results.samples,
             seed=seed,

@@ -12,7 +12,7 @@ from graphs import convolutional, save
 
 from edgekit import verdict
 from edgekit.files import sha256
-from edgekit.verdict import Check, Data, Machine, Rules
+from edgekit.verdict import Check, Data, Machine, Place, Rules
 
 SHAPE = [None, 3, 8, 8]
 
@@ -75,6 +75,9 @@ def judge(
     attacks: Sequence[str] = ("pgd20",),
     epsilon: float = 8 / 255,
     data: str = "1",
+    grid: bool = False,
+    on: Sequence[str] = (),
+    seed: int = 0,
     passed: bool = True,
 ) -> Path:
     """The next verdict in the folder, on the file at `path`: `robust` of `of` samples."""
@@ -90,7 +93,7 @@ def judge(
         bytes=path.stat().st_size,
         sha256=sha256(path),
         attacks=[],
-        judged_on="here",
+        judged_on=tuple(Place(name, "a runtime") for name in on) or "here",
         checks=[Check("steps_increase_loss", passed, 1.0, "because")],
     )
     document = verdict.summarize(
@@ -100,7 +103,8 @@ def judge(
         norm="Linf",
         epsilon=epsilon,
         samples=of,
-        seed=0,
+        seed=seed,
+        grid=grid,
         data=Data("photos", "test", data * 64),
         machine=Machine("a cpu", "avx512_vnni", {}),
         float_student=None,

@@ -9,7 +9,7 @@ from onnx.helper import make_node
 
 from edgekit.errors import EdgekitError
 from edgekit.files import sha256
-from edgekit.lineup import contenders, judged
+from edgekit.lineup import Setting, contenders, judged
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +74,9 @@ def test_the_newest_verdict_on_this_very_file_counts():
     (folder / "verdicts/11").mkdir()
     (folder / "verdicts/11/verdict.json").write_text("{damaged")
     (first, second), setting = judged(contenders(["runs/a"]))
-    assert first is not None and (first.accuracy.value, first.path, first.samples) == (90 / 200, newest, 200)
+    assert first is not None and (first.accuracy.value, first.path, first.setting.samples) == (90 / 200, newest, 200)
     assert first.against is None and second is None
-    assert setting == (("pgd20",), "Linf", 8 / 255, "1" * 64)
+    assert setting == Setting(("pgd20",), "Linf", 8 / 255, False, "1" * 64, 200, 0, ())
     artifact_of_other_bytes = artifact(Path("runs/a/artifacts/onnx-int8-new"), 3)
     assert judged(contenders([artifact_of_other_bytes]))[0] == [None]
 
@@ -93,12 +93,29 @@ def test_accuracies_under_other_attacks_or_on_other_data_are_not_compared():
     judge(verdicts, files[2], 170, attacks=["square500"])
     judge(verdicts, files[3], 160, data="2")
     found, setting = judged(contenders(["runs/a"]))
-    assert setting is not None and setting[0] == ("pgd20",)
+    assert setting is not None and setting.attacks == ("pgd20",)
     assert [(one.accuracy.value, one.against) for one in found if one] == [
         (0.5, None),
         (0.45, "the check steps_increase_loss failed"),
         (0.85, "other attacks"),
         (0.8, "other data"),
+    ]
+
+
+def test_accuracies_on_other_samples_grids_or_processors_are_not_compared():
+    others = [{"grid": True}, {"of": 100}, {"seed": 1}, {"on": ["native", "arm64", "exact"]}]
+    names = ["onnx-fp32", *(f"onnx-int8-{number}" for number in range(len(others)))]
+    made = run(Path("runs/a"), *names)
+    for name, other in zip(names, [{}, *others], strict=True):
+        judge(made / "verdicts", made / "artifacts" / name / "model.onnx", 90, **other)
+    judge(made / "verdicts", made / "artifacts/onnx-fp32/model.onnx", 100)  # the newest
+    found, _ = judged(contenders(["runs/a"]))
+    assert [one.against for one in found if one] == [
+        None,
+        "other attacks",
+        "other samples",
+        "other samples",
+        "other processors",
     ]
 
 
@@ -109,7 +126,7 @@ def test_where_as_many_were_judged_under_each_the_newest_setting_counts():
     for age, attack in ((50, "square500"), (-50, "pgd20")):
         os.utime(later, (other.stat().st_mtime + age,) * 2)
         _, setting = judged(contenders(["runs/a"]))
-        assert setting is not None and setting[0] == (attack,)
+        assert setting is not None and setting.attacks == (attack,)
 
 
 def test_a_file_of_no_run_has_its_verdicts_in_the_working_folder():

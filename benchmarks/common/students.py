@@ -1,5 +1,7 @@
 """The students that benchmarks measure on, trained once and kept in the repository with recipe and digest."""
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +13,14 @@ from edgekit import data, models
 from edgekit.classifier import Classifier, predict
 from edgekit.data import Split
 from edgekit.errors import EdgekitError
+from edgekit.files import write_json, write_text, writing_folder
 from edgekit.formats import onnx as onnx_format
 from edgekit.models import Network
 from edgekit.quantize.qdq import quantize
 from edgekit.quantize.scheme import SCHEMES
 from edgekit.quantize.slim import slim
 from edgekit.randomness import derive, uniform
-from edgekit.recipe import Student, read
+from edgekit.recipe import Student, read, to_toml
 
 SIZE = 32  # pixels of an untrained network's images
 FOLDER = Path(__file__).parents[1] / "students"
@@ -57,6 +60,21 @@ def picked(folder: Path | None, samples: int, *, quick: bool) -> Split:
     spec = read(CIFAR10.folder / "recipe.toml").data.model_copy(update={"name": str(folder)})
     test = data.load(spec).test
     return test[data.stratified(test.labels, samples, 0)]
+
+
+def run_folder(kept: Kept, folder: Path, data: Path) -> None:
+    """A run folder of a kept student, as `edgekit distill` would have left it, for `export` and `verify`.
+
+    Args:
+        data: the images that it was trained on.
+    """
+    about = json.loads((kept.folder / "run.json").read_text(encoding="utf-8"))
+    recipe = read(kept.folder / "recipe.toml")
+    named = recipe.data.model_copy(update={"name": str(data.resolve())})
+    with writing_folder(folder) as part:
+        write_text(part / "recipe.toml", to_toml(recipe.model_copy(update={"data": named})))
+        write_json(part / "run.json", about | {"threads": 1})
+        shutil.copy(kept.weights, part / kept.weights.name)
 
 
 def calibration_images(folder: Path) -> Tensor:
