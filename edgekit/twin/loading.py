@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of a file as it loads it, where that changes answers: float weights between grids are rounded.
+"""What ONNX Runtime changes in a file as it loads it, answers included: float weights between grids are rounded.
 
 A convolution or product whose input is dequantized and whose output is quantized is run on integers even if the file
 holds its weights or bias as floats (quantization-aware training through tf2onnx; quantizers that touch activations

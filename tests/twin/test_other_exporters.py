@@ -1,4 +1,4 @@
-"""Files that tf2onnx and paddle2onnx wrote (foreign/make_*.py say how): the twin is the file, one command verifies it."""
+"""Files that tf2onnx and paddle2onnx wrote (foreign/make_*.py): the twin is the file, one command verifies it."""
 
 import json
 from dataclasses import dataclass

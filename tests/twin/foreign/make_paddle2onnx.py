@@ -46,7 +46,7 @@ def block(inside: int, outside: int, kernel: int, stride: int, act: nn.Layer | N
     return nn.Sequential(conv, norm(outside), *([] if act is None else [act]))
 
 
-# Networks: images -> features; `classifier` adds the head --------------------------------------------------------------
+# Networks: images -> features; `classifier` adds the head ------------------------------------------------------------
 
 
 class MobileNet(nn.Layer):
@@ -117,15 +117,18 @@ class Pools(nn.Layer):
 
 
 class Upsampled(nn.Layer):
-    """A small feature pyramid: nearest and bilinear upsampling, a transposed convolution, shuffled pixels, a crop."""
+    """A small feature pyramid: nearest and bilinear upsampling, a transposed convolution, shuffled pixels, a crop.
+
+    Sizes, no scale factors: paddle2onnx 2.1.0 cannot read those of paddlepaddle 3.3.1.
+    """
 
     features = 16
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = block(3, 8, 3, 2, nn.LeakyReLU(0.1)), block(8, 12, 3, 2, nn.LeakyReLU(0.1))
-        self.near = nn.Upsample(scale_factor=2, mode="nearest")
-        self.smooth = nn.Sequential(nn.Conv2D(12, 8, 1), nn.Upsample(scale_factor=2, mode="bilinear"))
+        self.near = nn.Upsample(size=[8, 8], mode="nearest")
+        self.smooth = nn.Sequential(nn.Conv2D(12, 8, 1), nn.Upsample(size=[8, 8], mode="bilinear"))
         self.corners = nn.Sequential(nn.Conv2D(12, 8, 1), nn.Upsample(size=[8, 8], mode="bilinear", align_corners=True))
         self.learnt = nn.Sequential(nn.Conv2DTranspose(12, 8, 3, 2, 1, 1), nn.Tanh())
         self.shuffled = nn.Sequential(nn.Conv2D(12, 32, 1), nn.PixelShuffle(2), nn.Softsign())
@@ -167,12 +170,12 @@ class Shuffled(nn.Layer):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2D(3, 16, 3, 2, 1), nn.GroupNorm(4, 16), nn.Silu())
         self.branch = nn.Sequential(nn.Conv2D(8, 8, 3, 1, 1, groups=8), nn.InstanceNorm2D(8), nn.ReLU())
-        self.shuffle = nn.ChannelShuffle(2)
         self.deep = nn.Sequential(nn.Conv2D(16, 24, 3, 2, 1), nn.BatchNorm2D(24), nn.Hardtanh(-1, 2), nn.LogSigmoid())
 
     def forward(self, x):
         kept, moved = paddle.split(self.stem(x), 2, 1)
-        x = self.deep(self.shuffle(paddle.concat([kept, self.branch(moved)], 1)))
+        x = paddle.concat([kept, self.branch(moved)], 1)
+        x = self.deep(x.reshape([-1, 2, 8, 8, 8]).transpose([0, 2, 1, 3, 4]).reshape([-1, 16, 8, 8]))
         return functional.normalize(functional.adaptive_avg_pool2d(x, 1).flatten(1), axis=1)
 
 

@@ -62,7 +62,7 @@ def gelu(x):
     return layers.Lambda(lambda z: 0.5 * z * (1.0 + tf.math.erf(z * 0.5**0.5)))(x)
 
 
-# Networks: images -> features; `classifier` adds the head --------------------------------------------------------------
+# Networks: images -> features; `classifier` adds the head ------------------------------------------------------------
 
 
 def mobilenet(x):
