@@ -16,9 +16,10 @@ HELD = {
     "step": numpy.float32(4 / 255), "zero": numpy.uint8(128), "coarse": numpy.float32(0.05), "middle": numpy.uint8(120),
     "weight": draw(6, 4, 3, 3) + 0.3, "matrix": draw(256, 6) / 8 - 0.02, "across": draw(4, 6, 2, 2) + 0.1,
     "bias": draw(6, seed=1), "low": numpy.float32(0), "high": numpy.float32(1.5),
-    "lowest": numpy.float32(numpy.finfo(numpy.float32).min),
+    "shape": numpy.array([0, -1]), "lowest": numpy.float32(numpy.finfo(numpy.float32).min),
 }  # fmt: skip
 CONV = [node("Conv", ["real", "weight", "bias"], ["made"])]
+GEMM = node("Gemm", ["flat", "matrix", "bias"], ["made"])
 RELU6 = [node("Clip", ["made", "low", "high"], ["clipped"])]
 # name -> the nodes between DequantizeLinear's output "real" and QuantizeLinear's input, whether weights are rounded
 CASES: dict[str, tuple[list[NodeProto], bool]] = {
@@ -33,7 +34,8 @@ CASES: dict[str, tuple[list[NodeProto], bool]] = {
         ],
         True,
     ),
-    "product": ([node("Flatten", ["real"], ["flat"]), node("Gemm", ["flat", "matrix", "bias"], ["made"])], False),
+    "product": ([node("Reshape", ["real", "shape"], ["flat"]), GEMM], True),
+    "flattened": ([node("Flatten", ["real"], ["flat"]), GEMM], False),
     "transposed conv": ([node("ConvTranspose", ["real", "across", "bias"], ["made"], strides=[2, 2])], True),
     "another operator between": ([*CONV, node("Max", ["made", "lowest"], ["largest"])], False),
     "read twice": ([*CONV, node("Sigmoid", ["made"], ["gate"]), node("Mul", ["made", "gate"], ["product"])], False),
