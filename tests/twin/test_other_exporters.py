@@ -74,7 +74,7 @@ def test_a_float_file_answers_as_in_onnx_runtime(name: str) -> None:
     theirs = one.scores(images)
     spread = theirs.std().item()
     assert spread > 0.5 and len(theirs.argmax(1).unique()) > 3  # no file here answers all images alike
-    assert one.twin(images).allclose(theirs, atol=2e-5 * spread, rtol=2e-5)
+    assert one.twin(images).allclose(theirs, atol=1e-4 * spread, rtol=0)
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -89,7 +89,8 @@ def test_an_int8_file_decides_as_in_onnx_runtime(name: str) -> None:
 @pytest.mark.parametrize("name", FLOATS)
 def test_its_gradients_are_the_differences_of_onnx_runtime(name: str) -> None:
     one = pair(name)
-    images, step = one.images(60), 2e-3
+    # Without the constant ones, whose pools have nothing but ties; a step so small that few cross a kink.
+    images, step = one.images(60)[:40], 2e-4
     weights = torch.from_numpy(draw(len(images), 10, seed=3))
     x = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((one.twin(x) * weights).sum(), x)
