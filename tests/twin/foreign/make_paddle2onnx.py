@@ -119,14 +119,14 @@ class Pools(nn.Layer):
 class Upsampled(nn.Layer):
     """A small feature pyramid: nearest and bilinear upsampling, a transposed convolution, shuffled pixels, a crop.
 
-    Sizes, no scale factors: paddle2onnx 2.1.0 cannot read those of paddlepaddle 3.3.1.
+    Sizes and no scale factors, which paddle2onnx 2.1.0 cannot read; no LeakyReLU, whose slope it takes from anywhere.
     """
 
     features = 16
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = block(3, 8, 3, 2, nn.LeakyReLU(0.1)), block(8, 12, 3, 2, nn.LeakyReLU(0.1))
+        self.first, self.second = block(3, 8, 3, 2, nn.ReLU()), block(8, 12, 3, 2, nn.ReLU())
         self.near = nn.Upsample(size=[8, 8], mode="nearest")
         self.smooth = nn.Sequential(nn.Conv2D(12, 8, 1), nn.Upsample(size=[8, 8], mode="bilinear"))
         self.corners = nn.Sequential(nn.Conv2D(12, 8, 1), nn.Upsample(size=[8, 8], mode="bilinear", align_corners=True))
