@@ -1,8 +1,9 @@
-"""What ONNX Runtime changes in a file as it loads it, answers included: float weights between grids are rounded.
+"""What ONNX Runtime changes in a file as it loads it, answers included.
 
-A convolution or product whose input is dequantized and whose output is quantized is run on integers even if the file
-holds its weights or bias as floats (quantization-aware training through tf2onnx; quantizers that touch activations
-only). The runtime rounds such weights to int8, one scale for all channels, and the bias to int32.
+Float weights between grids are rounded: a convolution or product whose input is dequantized and whose output is
+quantized is run on integers even if the file holds its weights or bias as floats (quantization-aware training through
+tf2onnx; quantizers that touch activations only). The runtime rounds such weights to int8, one scale for all channels,
+and the bias to int32. Signed averages become integer kernels where the grids on both sides are of one kind.
 """
 
 from collections.abc import Iterator
@@ -21,11 +22,7 @@ _MOVERS = ("MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 
 def round_weights(graph: Graph) -> None:
     """Put integers and their DequantizeLinear in the place of the float weights and biases that the runtime rounds."""
-    makers = {name: node for node in graph.nodes for name in node.outputs}
-    readers: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        for name in node.inputs:
-            readers.setdefault(name, []).append(node)
+    makers, readers = _makers(graph), _readers(graph)
     nodes: list[Node] = []
     for node in graph.nodes:
         if node.type in _LAYERS and _leads_to_grid(node, readers):
@@ -35,6 +32,56 @@ def round_weights(graph: Graph) -> None:
                 nodes.extend(_rounded(graph, node, step.reshape([]), makers))
         nodes.append(node)
     graph.nodes = nodes
+
+
+def mark_averages(graph: Graph) -> None:
+    """Say of each AveragePool whether it is run on integers (attribute `fused`), and whether on unsigned ones.
+
+    On x86 the runtime makes a signed QuantizeLinear and the only DequantizeLinear that reads it unsigned, and leaves
+    those with other readers as they are. A pool between one of each kind is run on floats, which rounds otherwise.
+    """
+    makers, readers = _makers(graph), _readers(graph)
+    for node in graph.nodes:
+        if node.type == "AveragePool":
+            source, sink = _dequantized(node, makers, readers), _quantizer(node, readers)
+            node.attributes["fused"] = False
+            if source is not None and sink is not None:
+                moved = node.inputs[0] != source.outputs[0]  # what is quantized again on its way has one reader
+                before = not moved and _signed(graph, source, makers.get(source.inputs[0]), readers)
+                after = _signed(graph, sink, sink, readers)
+                node.attributes |= {"fused": before == after, "unsigned": not after}
+
+
+def _quantizer(node: Node, readers: dict[str, list[Node]]) -> Node | None:
+    """The QuantizeLinear, and only reader, of a node's output, perhaps after activations."""
+    while len(found := readers.get(node.outputs[0], [])) == 1:
+        (node,) = found
+        if node.type not in _ACTIVATIONS:
+            return node if node.type == "QuantizeLinear" else None
+    return None
+
+
+def _signed(graph: Graph, says: Node, maker: Node | None, readers: dict[str, list[Node]]) -> bool:
+    """Whether integers of the type that the node `says` has are signed in the runtime too; `maker` makes them."""
+    if len(says.inputs) < 3 or graph.kinds.get(says.inputs[2]) != TensorProto.INT8:
+        return False
+    if maker is None or maker.type != "QuantizeLinear":
+        return True
+    read = readers.get(maker.outputs[0], [])
+    # A DequantizeLinear with several readers is doubled for each of them.
+    return len(read) != 1 or read[0].type != "DequantizeLinear" or len(readers.get(read[0].outputs[0], [])) > 1
+
+
+def _makers(graph: Graph) -> dict[str, Node]:
+    return {name: node for node in graph.nodes for name in node.outputs}
+
+
+def _readers(graph: Graph) -> dict[str, list[Node]]:
+    readers: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node)
+    return readers
 
 
 def _dequantized(node: Node, makers: dict[str, Node], readers: dict[str, list[Node]]) -> Node | None:
