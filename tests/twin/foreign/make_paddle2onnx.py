@@ -225,11 +225,9 @@ def report(name: str) -> None:
 
 FILES: dict[str, Callable[[str], None]] = {
     "mobilenet-9": lambda name: write(name, MobileNet, 32, 9),
-    "squeeze-11": lambda name: write(name, Squeeze, 32, 11),
     "squeeze-15": lambda name: write(name, Squeeze, 32, 15, softmax=False, batch=1),
     "pools-11": lambda name: write(name, Pools, 30, 11),
     "upsampled-13": lambda name: write(name, Upsampled, 16, 13),
-    "attention-11": lambda name: write(name, Attention, 16, 11, softmax=False),
     "attention-17": lambda name: write(name, Attention, 16, 17),
     "shuffled-13": lambda name: write(name, Shuffled, 16, 13),
 }

@@ -208,7 +208,6 @@ def report(name: str, made) -> None:
 
 FILES: dict[str, Callable[[str], None]] = {
     "mobilenet-9": lambda name: from_keras(name, mobilenet, 32, 9),
-    "mobilenet-nchw-11": lambda name: from_keras(name, mobilenet, 32, 11, nchw=True, softmax=False),
     "squeeze-11": lambda name: from_keras(name, squeeze, 32, 11),
     "pools-15": lambda name: from_keras(name, pools, 32, 15, softmax=False),
     "upsampled-nchw-17": lambda name: from_keras(name, upsampled, 16, 17, nchw=True),
