@@ -9,6 +9,7 @@ from pathlib import Path
 from edgekit.errors import EdgekitError
 from edgekit.twin.clipping import UNRULED
 from edgekit.twin.graph import read
+from edgekit.twin.loading import mark_averages, round_weights
 from edgekit.twin.module import Twin
 
 __all__ = ["Twin", "open"]
@@ -25,6 +26,8 @@ def open(path: Path, output: str | None = None, *, clips: bool = False) -> Twin:
             operator without a rule here (named, with its node).
     """
     graph = read(path, output)
+    round_weights(graph)
+    mark_averages(graph)
     for node in graph.nodes if clips else ():
         if node.type in UNRULED:
             raise EdgekitError(f"no rule for the clipped sums of {node.type} (node '{node.name}')", where=path)

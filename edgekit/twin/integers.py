@@ -262,19 +262,22 @@ class Added:
 
 @dataclass(frozen=True)
 class Averaged:
-    """An average of a grid: QLinearAveragePool rounds after adding the zero point, so that ties fall by its parity."""
+    """An average of a grid: QLinearAveragePool rounds after adding the zero point, so that ties fall by its parity.
+
+    `unsigned`: a signed zero point is added as the unsigned one that the runtime makes of it, whose size rounds, too.
+    """
 
     value: Tensor
+    unsigned: bool = False
 
     def real(self) -> Tensor:
         return self.value
 
     def on(self, target: Target) -> Grid:
-        if target.low < 0:  # signed averages are not fused: floats, then QuantizeLinear
-            return target.grid(Round.apply(self.value, target.scale, *target.limits(), True))  # pyright: ignore
-        zero = target.zero.float()
+        zero = target.zero.float() - (target.low if self.unsigned else 0)
+        low = 0 if self.unsigned else target.low
         rounded: Tensor = Round.apply(  # pyright: ignore
-            self.value / target.scale + zero, torch.ones_like(zero), target.low, target.high, False
+            self.value / target.scale + zero, torch.ones_like(zero), low, low + target.high - target.low, False
         )
         return target.grid(rounded - zero)
 

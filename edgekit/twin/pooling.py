@@ -11,7 +11,7 @@ from edgekit.twin.integers import Averaged, Grid, Sums, Value, real
 from edgekit.twin.layers import listed, padded, spatial_pads
 
 _MAXIMA = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
-_MEANS = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
+_MEANS = {2: functional.avg_pool2d, 3: functional.avg_pool3d}
 
 
 def _extended(
@@ -46,7 +46,8 @@ def max_pool(node: Node, value: Tensor) -> Tensor:
 
 def average_pool(node: Node, value: Value) -> Value:
     made = averaged(node, real(value))
-    return Averaged(made) if isinstance(value, Grid) and not value.stored else made
+    fused = isinstance(value, Grid) and not value.stored and node.get("fused", False)
+    return Averaged(made, node.get("unsigned", False)) if fused else made
 
 
 def averaged(node: Node, x: Tensor) -> Tensor:
@@ -56,9 +57,8 @@ def averaged(node: Node, x: Tensor) -> Tensor:
         raise node.error("dilated averages have no rule here")
     strides = listed(node.get("strides"), count)
     pads, extended = _extended(node, x, kernel, strides, [1] * count)
-    mean = _MEANS[count]
     if not any(any(pair) for pair in extended):
-        return mean(x, kernel, strides)
+        return _sums(x, kernel, strides) / math.prod(kernel)
     # What is averaged over differs from window to window: the sum of values over the sum of what counts.
     counted = torch.ones(1, 1, *x.shape[2:], device=x.device)
     if node.get("count_include_pad", 0):
@@ -69,8 +69,15 @@ def averaged(node: Node, x: Tensor) -> Tensor:
         ]
     else:
         extended_count = extended
-    share = mean(padded(counted, extended_count), kernel, strides)
-    return mean(padded(x, extended), kernel, strides) / share
+    counts = _sums(padded(counted, extended_count), kernel, strides)
+    return _sums(padded(x, extended), kernel, strides) / counts
+
+
+def _sums(x: Tensor, kernel: list[int], strides: list[int]) -> Tensor:
+    """Sums over windows, value after value and divided by nothing: a mean of integers is often halfway between two."""
+    if len(kernel) == 1:
+        return _sums(x.unsqueeze(2), [1, *kernel], [1, *strides]).squeeze(2)
+    return _MEANS[len(kernel)](x, kernel, strides, divisor_override=1)
 
 
 def global_average(node: Node, value: Value) -> Value:

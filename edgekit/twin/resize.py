@@ -80,7 +80,7 @@ def _along(node: Node, value: Value, axis: int, resized: tuple[int, int, float])
     if resized not in node.memo:
         node.memo[resized] = torch.from_numpy(_weights(node, mode, *resized)).float()
     x = real(value)
-    return (x.movedim(axis, -1) @ node.memo[resized].to(x.device).T).movedim(-1, axis)
+    return (x.movedim(axis, -1) @ node.memo[resized].to(x).T).movedim(-1, axis)
 
 
 def _places(node: Node, old: int, new: int, scale: float) -> numpy.ndarray:

@@ -42,6 +42,7 @@ def save(
 
 
 def runtime(path: Path, images: Tensor, optimized: bool = True) -> Tensor:
+    """The answers of a file of one input to images as it takes them; to a file for bytes they go as bytes."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -49,7 +50,9 @@ def runtime(path: Path, images: Tensor, optimized: bool = True) -> Tensor:
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"x": images.detach().numpy()})[0])
+    (given,) = session.get_inputs()
+    kind = numpy.uint8 if given.type == "tensor(uint8)" else numpy.float32
+    return torch.from_numpy(session.run(None, {given.name: images.detach().numpy().astype(kind)})[0])
 
 
 def draw(*shape: int, seed: int = 0) -> numpy.ndarray:
