@@ -13,8 +13,8 @@ FLOORS = [
     "__main__", "cli", "doctor", "trial", "exporter", "stock", "jobs", "inspector", "bencher", "lineup", "quantize",
     "train", "verifier", "archive", "sweep", "assignment", "looks", "baseline", "elsewhere", "places", "examine",
     "checks", "crew", "script",
-    "foreign", "report", "methods", "attacks", "twin", "judge", "formats", "models", "data", "artifact", "verdict",
-    "planned", "statistics", "runs", "recipe", "machine", "saturation", "processors", "console", "shipped",
+    "foreign", "report", "methods", "attacks", "twin", "judge", "formats", "qdq_program", "models", "data", "artifact",
+    "verdict", "planned", "statistics", "runs", "recipe", "machine", "saturation", "processors", "console", "shipped",
     "classifier", "ort", "randomness", "files", "errors",
 ]  # fmt: skip
 

@@ -77,6 +77,10 @@ def _import(format: str | None) -> None:
         from edgekit.formats import openvino
 
         openvino.package()
+    elif format == "executorch":
+        from edgekit.formats import executorch
+
+        executorch.package()
     else:
         import onnxruntime  # noqa: F401
 
