@@ -15,7 +15,7 @@ FLOORS = [
     "checks", "crew", "script",
     "foreign", "report", "methods", "attacks", "twin", "judge", "formats", "models", "data", "artifact", "verdict",
     "planned", "statistics", "runs", "recipe", "machine", "saturation", "processors", "console", "shipped",
-    "classifier", "ort", "randomness", "files", "errors",
+    "classifier", "qdq_program", "lite", "ort", "randomness", "files", "errors",
 ]  # fmt: skip
 
 

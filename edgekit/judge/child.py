@@ -19,7 +19,7 @@ from pathlib import Path
 from edgekit.errors import BAD_INPUT, EdgekitError, choose, printable
 from edgekit.judge import protocol
 
-SUFFIXES = {".onnx": "onnx", ".pt": "torchscript", ".ptl": "torchscript", ".xml": "openvino"}
+SUFFIXES = {".onnx": "onnx", ".pt": "torchscript", ".ptl": "torchscript", ".xml": "openvino", ".tflite": "litert"}
 OPENING = 120.0  # seconds: on a busy machine the imports alone take several
 _THREAD = 2**23 + 2**27  # bytes of address space that glibc sets aside for a thread: its stack and its arena
 _MEMORY = re.compile(r"bad.?alloc|allocate|out of memory", re.IGNORECASE)
@@ -99,6 +99,14 @@ def opened(arguments: argparse.Namespace) -> tuple[protocol.Scores, int]:
         _limit_memory(memory, arguments.threads)
         compiled = openvino.open(path, threads=arguments.threads)
         return lambda pixels: compiled(torch.from_numpy(pixels)).numpy(), 0
+    if name == "litert":
+        import ai_edge_litert.interpreter  # noqa: F401 (before the limit)
+
+        from edgekit import lite
+
+        _limit_memory(memory, arguments.threads)
+        interpreter = lite.Session(path, threads=arguments.threads)
+        return interpreter, interpreter.classes
     import onnxruntime  # noqa: F401 (before the limit: it counts what comes beyond)
 
     from edgekit import ort
