@@ -15,7 +15,7 @@ FLOORS = [
     "checks", "crew", "script",
     "foreign", "report", "methods", "attacks", "twin", "judge", "formats", "qdq_program", "models", "data", "artifact",
     "verdict", "planned", "statistics", "runs", "recipe", "machine", "saturation", "processors", "console", "shipped",
-    "classifier", "ort", "randomness", "files", "errors",
+    "classifier", "lite", "ort", "randomness", "files", "errors",
 ]  # fmt: skip
 
 

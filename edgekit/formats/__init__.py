@@ -8,11 +8,12 @@ SCHEME the one of quantize.SCHEMES that its int8 files are made in.
 
 from types import ModuleType
 
-from edgekit.formats import executorch, onnx, openvino, torchscript
+from edgekit.formats import executorch, litert, onnx, openvino, torchscript
 
 FORMATS: dict[str, ModuleType] = {
     "onnx": onnx,
     "torchscript": torchscript,
     "openvino": openvino,
     "executorch": executorch,
+    "litert": litert,
 }

@@ -25,6 +25,7 @@ SUFFIXES = {
     ".ptl": "torchscript",
     ".xml": "openvino",
     ".pte": "executorch",
+    ".tflite": "litert",
 }
 OPENING = 120.0  # seconds: on a busy machine the imports alone take several
 _THREAD = 2**23 + 2**27  # bytes of address space that glibc sets aside for a thread: its stack and its arena
@@ -114,6 +115,14 @@ def opened(arguments: argparse.Namespace) -> tuple[protocol.Scores, int]:
         _limit_memory(memory, arguments.threads)
         loaded = executorch.open(path, threads=arguments.threads)
         return lambda pixels: loaded(torch.from_numpy(pixels)).numpy(), 0
+    if name == "litert":
+        import ai_edge_litert.interpreter  # noqa: F401 (before the limit)
+
+        from edgekit import lite
+
+        _limit_memory(memory, arguments.threads)
+        interpreter = lite.Session(path, threads=arguments.threads)
+        return interpreter, interpreter.classes
     import onnxruntime  # noqa: F401 (before the limit: it counts what comes beyond)
 
     from edgekit import ort

@@ -81,6 +81,10 @@ def _import(format: str | None) -> None:
         from edgekit.formats import executorch
 
         executorch.package()
+    elif format == "litert":
+        import ai_edge_litert.interpreter  # noqa: F401
+
+        from edgekit import lite  # noqa: F401
     else:
         import onnxruntime  # noqa: F401
 

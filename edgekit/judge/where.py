@@ -7,7 +7,13 @@ from typing import Any
 
 from edgekit import machine
 
-RUNTIME = {"onnx": "onnxruntime", "torchscript": "torch", "openvino": "openvino", "executorch": "executorch"}
+RUNTIME = {
+    "onnx": "onnxruntime",
+    "torchscript": "torch",
+    "openvino": "openvino",
+    "executorch": "executorch",
+    "litert": "ai-edge-litert",
+}
 
 
 @functools.cache
