@@ -10,8 +10,8 @@ from edgekit.files import sha256
 
 SCHEMA = 1
 # Which of an artifact's files is judged, by format: the others are the same network for another loader.
-JUDGED = {"onnx": "model.onnx", "torchscript": "model.pt", "openvino": "model.xml"}
-WEIGHTS = {"openvino": "model.bin"}  # of formats whose judged file holds none
+JUDGED = {"onnx": "model.onnx", "torchscript": "model.pt", "openvino": "model.xml", "ncnn": "model.param"}
+WEIGHTS = {"openvino": "model.bin", "ncnn": "model.bin"}  # of formats whose judged file holds none
 TWIN = "twin.onnx"  # where an int8 file is no ONNX file: the graph it was made of, for gradients
 
 

@@ -85,7 +85,7 @@ def export(
     run: Annotated[Path | None, typer.Argument(help="A run folder.", show_default="the latest run")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Write int8 files too.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Write fp16 files too, in formats that have it.")] = False,
-    format: Annotated[str | None, typer.Option(metavar="F,…", help="onnx, torchscript, openvino, all.")] = None,
+    format: Annotated[str | None, typer.Option(metavar="F,…", help="onnx, torchscript, openvino, ncnn, all.")] = None,
     qat: Annotated[bool, typer.Option("--qat", help="Train the int8 file further; a second time continues.")] = False,
     qat_control: Annotated[
         bool, typer.Option("--qat-control", help="Train the float student in the same way too, for comparison.")

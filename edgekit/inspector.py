@@ -11,7 +11,7 @@ from edgekit import artifact, foreign, saturation, script, verdict
 from edgekit.errors import EdgekitError
 from edgekit.files import sha256
 from edgekit.foreign import Said
-from edgekit.formats import onnx, openvino
+from edgekit.formats import ncnn, onnx, openvino
 from edgekit.runs import Run
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """All that a model file, an artifact folder, a run folder or a verdict says of itself.
 
     Returns:
-        {"path", "kind", "bytes", "sha256", …}: `kind` is "onnx", "safetensors", "torchscript", "openvino", "artifact",
-        "run" or "verdict". Of an ONNX file also its operators by precision, `takes` as `edgekit verify` would feed and
-        read it, or `verify` with the sentence that says what is missing; of an int8 one `quantization` and
-        `saturation`.
+        {"path", "kind", "bytes", "sha256", …}: `kind` is "onnx", "safetensors", "torchscript", "openvino", "ncnn",
+        "artifact", "run" or "verdict". Of an ONNX file also its operators by precision, `takes` as `edgekit verify`
+        would feed and read it, or `verify` with the sentence that says what is missing; of an int8 one `quantization`
+        and `saturation`.
     Raises:
         EdgekitError: there is no such file, or it is of no known kind.
     """
@@ -54,6 +54,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return about | {"kind": "torchscript", **_script(path), **_beside(path)}
     if path.name == openvino.FILE:
         return about | {"kind": "openvino", **openvino.describe(path), **_beside(path)}
+    if path.suffix == ".param":
+        return about | {"kind": "ncnn", **ncnn.describe(path), **_beside(path)}
     model = foreign.read(path)
     about |= {"kind": "onnx", "precision": foreign.precision(model), **onnx.describe(path)}
     # Weights that lie beside the file are as much of it as the file itself.

@@ -8,6 +8,6 @@ SCHEME the one of quantize.SCHEMES that its int8 files are made in.
 
 from types import ModuleType
 
-from edgekit.formats import onnx, openvino, torchscript
+from edgekit.formats import ncnn, onnx, openvino, torchscript
 
-FORMATS: dict[str, ModuleType] = {"onnx": onnx, "torchscript": torchscript, "openvino": openvino}
+FORMATS: dict[str, ModuleType] = {"onnx": onnx, "torchscript": torchscript, "openvino": openvino, "ncnn": ncnn}

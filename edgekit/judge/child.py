@@ -19,7 +19,7 @@ from pathlib import Path
 from edgekit.errors import BAD_INPUT, EdgekitError, choose, printable
 from edgekit.judge import protocol
 
-SUFFIXES = {".onnx": "onnx", ".pt": "torchscript", ".ptl": "torchscript", ".xml": "openvino"}
+SUFFIXES = {".onnx": "onnx", ".pt": "torchscript", ".ptl": "torchscript", ".xml": "openvino", ".param": "ncnn"}
 OPENING = 120.0  # seconds: on a busy machine the imports alone take several
 _THREAD = 2**23 + 2**27  # bytes of address space that glibc sets aside for a thread: its stack and its arena
 _MEMORY = re.compile(r"bad.?alloc|allocate|out of memory", re.IGNORECASE)
@@ -99,6 +99,15 @@ def opened(arguments: argparse.Namespace) -> tuple[protocol.Scores, int]:
         _limit_memory(memory, arguments.threads)
         compiled = openvino.open(path, threads=arguments.threads)
         return lambda pixels: compiled(torch.from_numpy(pixels)).numpy(), 0
+    if name == "ncnn":
+        import torch
+
+        from edgekit.formats import ncnn
+
+        ncnn.package()
+        _limit_memory(memory, arguments.threads)
+        loaded = ncnn.open(path, threads=arguments.threads)
+        return lambda pixels: loaded(torch.from_numpy(pixels)).numpy(), 0
     import onnxruntime  # noqa: F401 (before the limit: it counts what comes beyond)
 
     from edgekit import ort

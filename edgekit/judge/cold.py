@@ -77,6 +77,10 @@ def _import(format: str | None) -> None:
         from edgekit.formats import openvino
 
         openvino.package()
+    elif format == "ncnn":
+        from edgekit.formats import ncnn
+
+        ncnn.package()
     else:
         import onnxruntime  # noqa: F401
 

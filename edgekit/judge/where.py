@@ -7,7 +7,7 @@ from typing import Any
 
 from edgekit import machine
 
-RUNTIME = {"onnx": "onnxruntime", "torchscript": "torch", "openvino": "openvino"}
+RUNTIME = {"onnx": "onnxruntime", "torchscript": "torch", "openvino": "openvino", "ncnn": "ncnn"}
 
 
 @functools.cache
