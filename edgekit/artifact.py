@@ -16,8 +16,9 @@ JUDGED = {
     "openvino": "model.xml",
     "executorch": "model.pte",
     "litert": "model.tflite",
+    "ncnn": "model.param",
 }
-WEIGHTS = {"openvino": "model.bin"}  # of formats whose judged file holds none
+WEIGHTS = {"openvino": "model.bin", "ncnn": "model.bin"}  # of formats whose judged file holds none
 TWIN = "twin.onnx"  # where an int8 file is no ONNX file: the graph it was made of, for gradients
 
 

@@ -86,7 +86,7 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="Write int8 files too.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Write fp16 files too, in formats that have it.")] = False,
     format: Annotated[
-        str | None, typer.Option(metavar="F,…", help="onnx, torchscript, openvino, executorch, litert, all.")
+        str | None, typer.Option(metavar="F,…", help="onnx, torchscript, openvino, executorch, litert, ncnn, all.")
     ] = None,
     qat: Annotated[bool, typer.Option("--qat", help="Train the int8 file further; a second time continues.")] = False,
     qat_control: Annotated[

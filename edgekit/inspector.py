@@ -11,7 +11,7 @@ from edgekit import artifact, foreign, saturation, script, verdict
 from edgekit.errors import EdgekitError
 from edgekit.files import sha256
 from edgekit.foreign import Said
-from edgekit.formats import executorch, litert, onnx, openvino
+from edgekit.formats import FORMATS, onnx
 from edgekit.runs import Run
 
 if TYPE_CHECKING:
@@ -51,12 +51,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return about | {"kind": "verdict", **_verdict(path)}
     if path.suffix in script.SUFFIXES:
         return about | {"kind": "torchscript", **_script(path), **_beside(path)}
-    if path.name == openvino.FILE:
-        return about | {"kind": "openvino", **openvino.describe(path), **_beside(path)}
-    if path.suffix == ".pte":
-        return about | {"kind": "executorch", **executorch.describe(path), **_beside(path)}
-    if path.suffix == ".tflite":
-        return about | {"kind": "litert", **litert.describe(path), **_beside(path)}
+    if (kind := _kind(path)) not in (None, "onnx"):
+        return about | {"kind": kind, **FORMATS[kind].describe(path), **_beside(path)}
     model = foreign.read(path)
     about |= {"kind": "onnx", "precision": foreign.precision(model), **onnx.describe(path)}
     # Weights that lie beside the file are as much of it as the file itself.
@@ -69,6 +65,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
     except EdgekitError as error:
         return about | {"verify": str(error)}
     return about | {"takes": port.describe(), "classes": port.classes, "names": port.names}
+
+
+def _kind(path: Path) -> str | None:
+    """The format that files of this kind are of, TorchScript aside."""
+    return next((name for name, format in FORMATS.items() if path.suffix == Path(format.FILE).suffix), None)
 
 
 def _script(path: Path) -> dict[str, Any]:

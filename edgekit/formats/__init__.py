@@ -8,7 +8,7 @@ SCHEME the one of quantize.SCHEMES that its int8 files are made in.
 
 from types import ModuleType
 
-from edgekit.formats import executorch, litert, onnx, openvino, torchscript
+from edgekit.formats import executorch, litert, ncnn, onnx, openvino, torchscript
 
 FORMATS: dict[str, ModuleType] = {
     "onnx": onnx,
@@ -16,4 +16,5 @@ FORMATS: dict[str, ModuleType] = {
     "openvino": openvino,
     "executorch": executorch,
     "litert": litert,
+    "ncnn": ncnn,
 }

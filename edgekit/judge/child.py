@@ -26,6 +26,7 @@ SUFFIXES = {
     ".xml": "openvino",
     ".pte": "executorch",
     ".tflite": "litert",
+    ".param": "ncnn",
 }
 OPENING = 120.0  # seconds: on a busy machine the imports alone take several
 _THREAD = 2**23 + 2**27  # bytes of address space that glibc sets aside for a thread: its stack and its arena
@@ -97,24 +98,15 @@ def opened(arguments: argparse.Namespace) -> tuple[protocol.Scores, int]:
         _limit_memory(memory, arguments.threads)
         module = torchscript.open(path, output=arguments.output)
         return lambda pixels: module(torch.from_numpy(pixels)).numpy(), 0
-    if name == "openvino":
+    if name in ("openvino", "executorch", "ncnn"):
         import torch
 
-        from edgekit.formats import openvino
+        from edgekit.formats import FORMATS
 
-        openvino.package()
+        FORMATS[name].package()  # before the limit
         _limit_memory(memory, arguments.threads)
-        compiled = openvino.open(path, threads=arguments.threads)
-        return lambda pixels: compiled(torch.from_numpy(pixels)).numpy(), 0
-    if name == "executorch":
-        import torch
-
-        from edgekit.formats import executorch
-
-        executorch.package()
-        _limit_memory(memory, arguments.threads)
-        loaded = executorch.open(path, threads=arguments.threads)
-        return lambda pixels: loaded(torch.from_numpy(pixels)).numpy(), 0
+        opened = FORMATS[name].open(path, threads=arguments.threads)
+        return lambda pixels: opened(torch.from_numpy(pixels)).numpy(), 0
     if name == "litert":
         import ai_edge_litert.interpreter  # noqa: F401 (before the limit)
 

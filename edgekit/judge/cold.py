@@ -73,14 +73,10 @@ def _forgotten() -> int:
 def _import(format: str | None) -> None:
     if format == "torchscript":
         from edgekit.formats import torchscript  # noqa: F401
-    elif format == "openvino":
-        from edgekit.formats import openvino
+    elif format in ("openvino", "executorch", "ncnn"):
+        from edgekit.formats import FORMATS
 
-        openvino.package()
-    elif format == "executorch":
-        from edgekit.formats import executorch
-
-        executorch.package()
+        FORMATS[format].package()
     elif format == "litert":
         import ai_edge_litert.interpreter  # noqa: F401
 

@@ -13,6 +13,7 @@ RUNTIME = {
     "openvino": "openvino",
     "executorch": "executorch",
     "litert": "ai-edge-litert",
+    "ncnn": "ncnn",
 }
 
 

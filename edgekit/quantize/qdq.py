@@ -82,7 +82,7 @@ def quantize(
     version = settings.equalize and ("equalized", settings.adversarial)  # which weights are quantized
     if version:
         source = once(version, lambda: equalize(source, images, scheme))
-    graph = _Graph(source)
+    graph = _Graph(source, scheme)
     quantizable = {_layer(node): node for node in source.graph.node if graph.obstacle(node) is None}
     kept = {choose(dict.fromkeys(quantizable, name), name, "layer") for name in settings.in_float}
     chosen: list[NodeProto] = []
@@ -103,7 +103,7 @@ def quantize(
         for name in graph.activations(node):
             points[name] = None
         result = absorbed[node.output[0]].output[0] if node.output[0] in absorbed else node.output[0]
-        if result not in graph.outputs:
+        if result not in graph.outputs and scheme.only is None:
             points[result] = None
     seen = (version, settings.adversarial, tuple(points))
     found = once(("ranges", *seen), lambda: ranges(source, points, images))
@@ -176,7 +176,8 @@ def _layer(node: NodeProto) -> str:
 class _Graph:
     """Who makes and who reads each tensor of a model."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, scheme: Scheme | None = None) -> None:
+        self.only = None if scheme is None else scheme.only
         self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         for node in model.graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -197,6 +198,8 @@ class _Graph:
 
     def obstacle(self, node: NodeProto) -> str | None:
         """Why the node has no integer form; None where it has one."""
+        if self.only is not None and node.op_type not in self.only:
+            return f"{node.op_type} works on floats in this runtime"
         computed = self.activations(node)
         if node.op_type in _WEIGHTED:
             if any(name not in self.constants for name in node.input[1:] if name):
@@ -298,13 +301,14 @@ def _write(
             quantized(value.name, value.name)
     for node in source.graph.node:
         result = node.output[0]
-        if result in followers and int(parameters[result][1]) == least:
+        if result in followers and result in parameters and int(parameters[result][1]) == least:
             # A ReLU or Clip that the range of its output replaces: nothing below zero has an integer.
             quantized(result, followers[result])
             continue
         copy = NodeProto()
         copy.CopyFrom(node)
-        inputs = [f"{name}_dequantized" if name in parameters else name for name in node.input]
+        whole = id(node) in integral or scheme.only is None
+        inputs = [f"{name}_dequantized" if name in parameters and whole else name for name in node.input]
         if id(node) in integral and node.op_type in _WEIGHTED:
             weights, transposed = graph.constants[node.input[1]], False
             if node.op_type == "Gemm":
@@ -332,7 +336,7 @@ def _write(
         del copy.input[:]
         copy.input.extend(inputs)
         nodes.append(copy)
-        if result in parameters and result in floating:
+        if result in parameters and result in floating and scheme.only is None:
             # ONNX Runtime turns what stands between integers into integers as it loads the file: a convolution's
             # weights too, and those with one scale for all channels. Max with the lowest number changes no value, and
             # stands between.

@@ -39,12 +39,15 @@ class Format:
 @dataclass(frozen=True)
 class Scheme:
     """weights, activations: how they are stored. cannot_saturate: dense weights are such that no sum of two products
-    with an unsigned 8-bit activation leaves 16 bits, however Settings.weights chooses among such weights."""
+    with an unsigned 8-bit activation leaves 16 bits, however Settings.weights chooses among such weights.
+    only: the operators that work on integers, None for all that can. Then every other one stays float and reads what it
+    reads unrounded, and a result becomes integers only where one of them reads it."""
 
     name: str
     weights: Format
     activations: Format
     cannot_saturate: bool
+    only: tuple[str, ...] | None = None
 
     def record(self) -> dict[str, Any]:
         """The `scheme` of artifact.json."""
@@ -52,6 +55,7 @@ class Scheme:
             "weights": asdict(self.weights),
             "activations": asdict(self.activations),
             "cannot_saturate": self.cannot_saturate,
+            **({} if self.only is None else {"only": list(self.only)}),
         }
 
 
@@ -62,8 +66,16 @@ SCHEMES: dict[str, Scheme] = {
     "signed": Scheme(
         "signed", Format(8, True, True, "channel"), Format(8, True, False, "tensor"), cannot_saturate=False
     ),
-    # TensorRT and ncnn take zero points of 0 alone, and sum in 32 bits.
+    # TensorRT takes zero points of 0 alone, and sums in 32 bits.
     "symmetric": Scheme(
         "symmetric", Format(8, True, True, "channel"), Format(8, True, True, "tensor"), cannot_saturate=False
+    ),
+    # ncnn does too; it adds, pools and activates floats.
+    "layers": Scheme(
+        "layers",
+        Format(8, True, True, "channel"),
+        Format(8, True, True, "tensor"),
+        cannot_saturate=False,
+        only=("Conv", "Gemm"),
     ),
 }
