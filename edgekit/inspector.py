@@ -11,7 +11,7 @@ from edgekit import artifact, foreign, saturation, script, verdict
 from edgekit.errors import EdgekitError
 from edgekit.files import sha256
 from edgekit.foreign import Said
-from edgekit.formats import onnx, openvino
+from edgekit.formats import coreml, onnx, openvino, tensorrt
 from edgekit.runs import Run
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Of artifact.json: how the file beside it was made. Its `operators` are those that the runtime makes of the file.
 _MADE = (
     *("edgekit", "scheme", "made_from", "calibration", "in_float", "float_layers", "qat", "robust_drop"),
-    *("against_float", "versions"),
+    *("against_float", "not_compared", "versions"),
 )
 _FOLDERS = ("artifact.json", "run.json")  # what these say is said of the folder that they stand in
 
@@ -29,8 +29,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """All that a model file, an artifact folder, a run folder or a verdict says of itself.
 
     Returns:
-        {"path", "kind", "bytes", "sha256", …}: `kind` is "onnx", "safetensors", "torchscript", "openvino", "artifact",
-        "run" or "verdict". Of an ONNX file also its operators by precision, `takes` as `edgekit verify` would feed and
+        {"path", "kind", "bytes", "sha256", …}: `kind` is "onnx", "safetensors", "torchscript", "openvino", "tensorrt",
+        "coreml", "artifact", "run" or "verdict". Of an ONNX file also its operators by precision, `takes` as `edgekit verify` would feed and
         read it, or `verify` with the sentence that says what is missing; of an int8 one `quantization` and
         `saturation`.
     Raises:
@@ -41,6 +41,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         path = path.parent
     if not path.exists():
         raise EdgekitError("there is no such file", where=path)
+    if path.suffix == ".mlpackage":
+        path = path.joinpath(*Path(coreml.FILE).parts[1:])
     if path.is_dir():
         return {"path": str(path), **_folder(path)}
     if not path.is_file():  # a pipe or a device, which may have no end
@@ -54,6 +56,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return about | {"kind": "torchscript", **_script(path), **_beside(path)}
     if path.name == openvino.FILE:
         return about | {"kind": "openvino", **openvino.describe(path), **_beside(path)}
+    if path.suffix == Path(tensorrt.FILE).suffix:
+        return about | {"kind": "tensorrt", **tensorrt.describe(path), **_beside(path)}
+    if path.name == Path(coreml.FILE).name:
+        return about | {"kind": "coreml", **coreml.describe(path), **_beside(path, coreml.root(path).parent)}
     model = foreign.read(path)
     about |= {"kind": "onnx", "precision": foreign.precision(model), **onnx.describe(path)}
     # Weights that lie beside the file are as much of it as the file itself.
@@ -163,12 +169,13 @@ def _product(shape: list[int]) -> int:
     return total
 
 
-def _beside(path: Path) -> dict[str, Any]:
-    """What artifact.json beside a file says of it; the file is checked against its digest."""
-    if not (path.parent / "artifact.json").is_file():
+def _beside(path: Path, folder: Path | None = None) -> dict[str, Any]:
+    """What artifact.json beside a file, or in `folder`, says of it; the file is checked against its digest."""
+    folder = folder or path.parent
+    if not (folder / "artifact.json").is_file():
         return {}
-    record = artifact.load(path.parent).record
-    if path.name not in [file["path"] for file in record["files"]]:  # another file in an artifact's folder
+    record = artifact.load(folder).record
+    if path.relative_to(folder).as_posix() not in [file["path"] for file in record["files"]]:  # another file there
         return {}
     running = {"in_its_runtime": record["operators"]} if "operators" in record else {}
     return {key: record[key] for key in _MADE if key in record} | running

@@ -13,7 +13,7 @@ from edgekit.errors import EdgekitError
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
-_LAYERS = ("Conv", "Gemm", "MatMul")
+_LAYERS = ("Conv", "Gemm", "MatMul", "DequantizeLinear")
 
 
 def halved(model: "ModelProto") -> "ModelProto":
@@ -28,7 +28,7 @@ def halved(model: "ModelProto") -> "ModelProto":
     made = onnx.ModelProto()
     made.CopyFrom(model)
     constants = {tensor.name: tensor for tensor in made.graph.initializer if tensor.data_type == TensorProto.FLOAT}
-    before = _before(made)
+    before, integers = _before(made)
     outputs = {value.name for value in made.graph.output}
     shared, fresh = dict[str, str](), []
     nodes: list[NodeProto] = []
@@ -47,7 +47,7 @@ def halved(model: "ModelProto") -> "ModelProto":
     for node in made.graph.node:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
-        if node.output[0] not in before:
+        if node.output[0] not in before | integers:
             named = [half(name) for name in node.input]
             copy.input[:] = named
             copy.output[:] = [f"{name}_half" if name in outputs else name for name in node.output]
@@ -59,20 +59,22 @@ def halved(model: "ModelProto") -> "ModelProto":
     return helper.make_model(body, opset_imports=made.opset_import, ir_version=made.ir_version)
 
 
-def _before(model: "ModelProto") -> set[str]:
-    """The image, and what is made of it and of constants alone before the first layer."""
-    found = {value.name for value in model.graph.input}
+def _before(model: "ModelProto") -> tuple[set[str], set[str]]:
+    """The image and what is made of it and of constants alone before the first layer: floats, and integers."""
+    found, integers = {value.name for value in model.graph.input}, set[str]()
     constants = {tensor.name for tensor in model.graph.initializer} | {""}
     for node in model.graph.node:
         if node.op_type not in _LAYERS and (found | constants).issuperset(node.input):
-            found.update(node.output)
-    return found
+            (integers if node.op_type == "QuantizeLinear" else found).update(node.output)
+    return found, integers
 
 
 def _rounded(tensor: "TensorProto") -> numpy.ndarray:
     from onnx import numpy_helper
 
     value = numpy_helper.to_array(tensor)
+    if not value.ndim:  # a bound, which may be the largest number of all
+        value = value.clip(numpy.finfo(numpy.float16).min, numpy.finfo(numpy.float16).max)
     with numpy.errstate(over="ignore"):
         made = value.astype(numpy.float16)
     if not numpy.isfinite(made).all():

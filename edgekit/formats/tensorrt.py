@@ -260,7 +260,7 @@ def package() -> Any:
         raise EdgekitError(
             "neither the package tensorrt nor tensorrt_rtx is installed",
             where=RUNTIME,
-            mend="Run: pip install 'edgekit[tensorrt]'",
+            mend="Run: pip install 'edgekit[tensorrt-rtx]', which needs no GPU, or 'edgekit[tensorrt]'",
             exit_code=ENVIRONMENT,
         ) from None
 

@@ -77,6 +77,10 @@ def _import(format: str | None) -> None:
         from edgekit.formats import openvino
 
         openvino.package()
+    elif format in ("tensorrt", "coreml"):
+        from edgekit.formats import FORMATS
+
+        FORMATS[format].package()
     else:
         import onnxruntime  # noqa: F401
 

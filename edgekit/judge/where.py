@@ -7,7 +7,13 @@ from typing import Any
 
 from edgekit import machine
 
-RUNTIME = {"onnx": "onnxruntime", "torchscript": "torch", "openvino": "openvino"}
+RUNTIME = {
+    "onnx": "onnxruntime",
+    "torchscript": "torch",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "coreml": "coremltools",
+}
 
 
 @functools.cache
