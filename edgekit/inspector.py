@@ -30,9 +30,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     Returns:
         {"path", "kind", "bytes", "sha256", …}: `kind` is "onnx", "safetensors", "torchscript", "openvino", "tensorrt",
-        "coreml", "artifact", "run" or "verdict". Of an ONNX file also its operators by precision, `takes` as `edgekit verify` would feed and
-        read it, or `verify` with the sentence that says what is missing; of an int8 one `quantization` and
-        `saturation`.
+        "coreml", "artifact", "run" or "verdict". Of an ONNX file also its operators by precision, `takes` as `edgekit
+        verify` would feed and read it, or `verify` with the sentence that says what is missing; of an int8 one
+        `quantization` and `saturation`.
     Raises:
         EdgekitError: there is no such file, or it is of no known kind.
     """

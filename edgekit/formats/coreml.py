@@ -3,8 +3,8 @@
 The program is built operator by operator from edgekit's ONNX graph, with none of coremltools' own passes over it: what
 stands in the package is what the graph says. It takes one image at a time, since programs with a batch of any size are
 kept off the Neural Engine; `open` asks for one after the other. fp16 and int8 compute in float16, as that engine does.
-int8: activations between `quantize` and `dequantize`, weights behind `constexpr_affine_dequantize`; every scale and bias
-is rounded to float16 first, in `twin.onnx` beside it too. https://apple.github.io/coremltools/docs-guides/
+int8: activations between `quantize` and `dequantize`, weights behind `constexpr_affine_dequantize`; scales and biases
+are rounded to float16 first, in `twin.onnx` beside it too. https://apple.github.io/coremltools/docs-guides/
 """
 
 import contextlib
@@ -393,7 +393,7 @@ def read(path: Path) -> Package:
     for each in (path, weights):
         if not each.is_file():
             raise EdgekitError("there is no such file", where=each)
-    spec = Model_pb2.Model()
+    spec: Any = Model_pb2.Model()
     try:
         spec.ParseFromString(path.read_bytes())
         (function,) = spec.mlProgram.functions.values()
