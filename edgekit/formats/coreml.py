@@ -369,9 +369,11 @@ def _write_manifest(path: Path) -> None:
     manifest = {
         "fileFormatVersion": "1.0.0",
         "itemInfoEntries": entries,
-        "rootModelIdentifier": next(iter(entries)),
+        "rootModelIdentifier": str(uuid.uuid5(_IDENTITY, path.name)),
     }
-    (root(path) / "Manifest.json").write_text(json.dumps(manifest, indent=4), encoding="utf-8")
+    # To the last byte as coremltools writes it: it does so again whenever it opens a package.
+    text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
+    (root(path) / "Manifest.json").write_text(text, encoding="utf-8")
 
 
 def root(path: Path) -> Path:
