@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgekit.errors import EdgekitError
 from edgekit.files import sha256
 
 SCHEMA = 1
+_PACKAGE = "model.mlpackage/Data/com.apple.CoreML"  # a Core ML model is a folder
 # Which of an artifact's files is judged, by format: the others are the same network for another loader.
 JUDGED = {
     "onnx": "model.onnx",
@@ -17,8 +18,11 @@ JUDGED = {
     "executorch": "model.pte",
     "litert": "model.tflite",
     "ncnn": "model.param",
+    "tensorrt": "model.engine",
+    "coreml": f"{_PACKAGE}/model.mlmodel",
 }
-WEIGHTS = {"openvino": "model.bin", "ncnn": "model.bin"}  # of formats whose judged file holds none
+# Of formats whose judged file holds none.
+WEIGHTS = {"openvino": "model.bin", "ncnn": "model.bin", "coreml": f"{_PACKAGE}/weights/weight.bin"}
 TWIN = "twin.onnx"  # where an int8 file is no ONNX file: the graph it was made of, for gradients
 
 
@@ -55,7 +59,7 @@ class Artifact:
 
     @property
     def sha256(self) -> str:
-        return next(file["sha256"] for file in self.record["files"] if file["path"] == self.path.name)
+        return next(file["sha256"] for file in self.record["files"] if file["path"] == JUDGED[self.format])
 
     @property
     def bytes(self) -> int:
@@ -73,8 +77,8 @@ def load(folder: Path) -> Artifact:
     path = folder / "artifact.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        files = [(folder / Path(file["path"]).name, file["sha256"]) for file in record["files"]]
-        known = record["format"] in JUDGED and JUDGED[record["format"]] in [file.name for file, _ in files]
+        files = [(folder / _inside(file["path"]), file["sha256"]) for file in record["files"]]
+        known = record["format"] in JUDGED and folder / JUDGED[record["format"]] in [file for file, _ in files]
     except FileNotFoundError:
         raise EdgekitError("there is no artifact.json", where=folder, mend="Run: edgekit export") from None
     except (ValueError, KeyError, TypeError):
@@ -91,3 +95,15 @@ def load(folder: Path) -> Artifact:
                 mend="Run: edgekit export --force",
             )
     return Artifact(folder, record)
+
+
+def _inside(path: str) -> PurePosixPath:
+    """A file's place within the artifact's folder.
+
+    Raises:
+        ValueError: it leads out of it.
+    """
+    place = PurePosixPath(path)
+    if place.is_absolute() or ".." in place.parts or "\\" in path:
+        raise ValueError(path)
+    return place

@@ -321,6 +321,8 @@ def _found(path: Path | None) -> tuple[Run, list[Artifact]]:
     path = None if path == runs.ROOT / "latest" else path
     if path is not None and not path.exists():
         raise EdgekitError("there is no such run or artifact", where=path)
+    if path is not None and (path / "Manifest.json").is_file():  # a Core ML package is a folder
+        path = path.parent
     if path is not None and path.is_file():  # a file of an artifact is that artifact
         judged = artifacts.load(path.parent).path
         if path.name != judged.name:

@@ -29,6 +29,7 @@ from edgekit.errors import BAD_INPUT, ENVIRONMENT, EdgekitError
 from edgekit.files import write_json
 from edgekit.foreign import utf8
 from edgekit.formats import FORMATS
+from edgekit.judge.child import CODE
 from edgekit.lineup import Contender, Judged, Setting, contenders, judged
 from edgekit.report import pareto
 from edgekit.statistics import front, nearest_rank
@@ -168,7 +169,7 @@ def cold_start(one: Contender, batch: int, threads: int) -> dict[str, Any]:
     """
     command = [sys.executable, "-P", "-m", "edgekit.judge.cold", str(one.path.resolve()), "--format", one.format]
     command += ["--shape", ",".join(map(str, one.shape)), f"--batch={batch}", f"--threads={threads}"]
-    command += ["--trust-file"] if one.format == "torchscript" else []  # an artifact's digest vouches for it
+    command += ["--trust-file"] if one.format in CODE else []  # an artifact's digest vouches for it
     folders = [*filter(None, sys.path), str(_ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     try:

@@ -86,7 +86,10 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="Write int8 files too.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Write fp16 files too, in formats that have it.")] = False,
     format: Annotated[
-        str | None, typer.Option(metavar="F,…", help="onnx, torchscript, openvino, executorch, litert, ncnn, all.")
+        str | None,
+        typer.Option(
+            metavar="F,…", help="onnx, torchscript, openvino, executorch, litert, ncnn, tensorrt, coreml, all."
+        ),
     ] = None,
     qat: Annotated[bool, typer.Option("--qat", help="Train the int8 file further; a second time continues.")] = False,
     qat_control: Annotated[
@@ -230,6 +233,9 @@ def verify(
     trust_file: Annotated[
         bool, typer.Option("--trust-file", help="TorchScript is code: let the file's run.", rich_help_panel=_FILE)
     ] = False,
+    skip_unavailable: Annotated[
+        bool, typer.Option("--skip-unavailable", help="Files that cannot run here do not fail the verdict.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Attack exported files in their own runtimes and say whether the robustness survived."""
@@ -270,6 +276,7 @@ def verify(
         resize=resize,
         size=size,
         trust_file=trust_file,
+        skip_unavailable=skip_unavailable,
     )
     if console.quiet:  # process 0 speaks for all
         pass

@@ -1,6 +1,7 @@
 """Student + formats -> artifacts, each opened again in its own runtime and compared before it is called written."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -21,7 +22,7 @@ from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
 from edgekit.errors import EdgekitError, choose
 from edgekit.files import sha256, write_json, writing_folder
-from edgekit.formats import FORMATS, onnx
+from edgekit.formats import FORMATS, lacking, onnx
 from edgekit.jobs import Job, Order, listed, made_from, trained, typed
 from edgekit.machine import interleaved
 from edgekit.quantize.ladder import Kept, Material
@@ -144,7 +145,7 @@ def export(
                 _tell(written)
             bar.advance(task)
     result: dict[str, Any] = {"run": str(place.folder), "artifacts": reports}
-    pairs = [(job, floats[job.format]) for job in jobs if job.precision == "int8"]
+    pairs = [(job, floats[job.format]) for job in jobs if job.precision == "int8" and not lacking(job.format)]
     if len(compared) and pairs:
         result["latency"] = [_compare_latency(place, low, full, compared) for low, full in pairs]
     return result
@@ -206,19 +207,24 @@ def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | 
             record |= made.record
         else:
             format.write(student, part, metadata, job.precision)
-        if job.precision == "int8":
+        missing = lacking(job.format)
+        if job.precision == "int8" and missing is None:
             record["operators"] = format.running(part / format.FILE)
-        paths = sorted(part.iterdir())
+        paths = {path.relative_to(part).as_posix(): path for path in sorted(part.rglob("*")) if path.is_file()}
         record |= {
-            "files": [{"path": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths],
+            "files": [
+                {"path": name, "bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()
+            ],
             "input": order.input,
             "outputs": "logits",
             "classes": list(student.classes),
             "made_from": order.made_from,
             "versions": _versions(job.format),
         }
+        if missing is not None:
+            record["not_compared"] = f"{format.RUNTIME} needs {missing}, which the machine that exported it lacks"
         expected = predict(student, compared)
-        for name in format.OPENED:  # every file that ships, the lite interpreter's too
+        for name in format.OPENED if missing is None else ():  # every file that ships, the lite interpreter's too
             against = _against(expected, predict(format.open(part / name), compared), job, name)
             if name == format.FILE:
                 record["against_float"] = against
@@ -279,16 +285,25 @@ def _against(expected: Tensor, answered: Tensor, job: Job, file: str) -> dict[st
 
 
 def _versions(format: str) -> dict[str, str]:
-    packages = FORMATS[format].PACKAGES
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in FORMATS[format].PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # it is installed by another name, as tensorrt_rtx_cu13 is
+        return str(importlib.import_module(package).__version__)
 
 
 def _tell(written: Artifact) -> None:
-    against = written.record["against_float"]
-    say(
-        f"{written.name}: {written.bytes / 1e6:.2f} MB; agrees with the student on {100 * against['agreement']:.1f} % "
-        f"of {against['images']} validation images, logits differ by at most {against['max_abs_difference']:.2g}"
-    )
+    against, size = written.record.get("against_float"), f"{written.bytes / 1e6:.2f} MB"
+    if against is None:
+        say(f"{written.name}: {size}; NOT compared with the student: {written.record['not_compared']}")
+    else:
+        say(
+            f"{written.name}: {size}; agrees with the student on {100 * against['agreement']:.1f} % of "
+            f"{against['images']} validation images, logits differ by at most {against['max_abs_difference']:.2g}"
+        )
     for layer in written.record.get("float_layers", []):
         if layer["reason"] != quantize.BEFORE:
             say(f"{written.name}: {layer['layer']} ({layer['operator']}) stays float: {layer['reason']}")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Of artifact.json: how the file beside it was made. Its `operators` are those that the runtime makes of the file.
 _MADE = (
     *("edgekit", "scheme", "made_from", "calibration", "in_float", "float_layers", "qat", "robust_drop"),
-    *("against_float", "versions"),
+    *("against_float", "not_compared", "versions"),
 )
 _FOLDERS = ("artifact.json", "run.json")  # what these say is said of the folder that they stand in
 
@@ -40,6 +40,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         path = path.parent
     if not path.exists():
         raise EdgekitError("there is no such file", where=path)
+    if path.suffix == ".mlpackage":
+        path = path.parent / FORMATS["coreml"].FILE
     if path.is_dir():
         return {"path": str(path), **_folder(path)}
     if not path.is_file():  # a pipe or a device, which may have no end
@@ -52,7 +54,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     if path.suffix in script.SUFFIXES:
         return about | {"kind": "torchscript", **_script(path), **_beside(path)}
     if (kind := _kind(path)) not in (None, "onnx"):
-        return about | {"kind": kind, **FORMATS[kind].describe(path), **_beside(path)}
+        return about | {"kind": kind, **FORMATS[kind].describe(path), **_beside(path, _root(kind, path))}
     model = foreign.read(path)
     about |= {"kind": "onnx", "precision": foreign.precision(model), **onnx.describe(path)}
     # Weights that lie beside the file are as much of it as the file itself.
@@ -70,6 +72,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
 def _kind(path: Path) -> str | None:
     """The format that files of this kind are of, TorchScript aside."""
     return next((name for name, format in FORMATS.items() if path.suffix == Path(format.FILE).suffix), None)
+
+
+def _root(kind: str, path: Path) -> Path:
+    """The folder that an artifact.json of a file would stand in: of some formats the file lies deeper."""
+    return path.parents[len(Path(FORMATS[kind].FILE).parts) - 1]
 
 
 def _script(path: Path) -> dict[str, Any]:
@@ -167,12 +174,13 @@ def _product(shape: list[int]) -> int:
     return total
 
 
-def _beside(path: Path) -> dict[str, Any]:
-    """What artifact.json beside a file says of it; the file is checked against its digest."""
-    if not (path.parent / "artifact.json").is_file():
+def _beside(path: Path, folder: Path | None = None) -> dict[str, Any]:
+    """What artifact.json beside a file, or in `folder`, says of it; the file is checked against its digest."""
+    folder = folder or path.parent
+    if not (folder / "artifact.json").is_file():
         return {}
-    record = artifact.load(path.parent).record
-    if path.name not in [file["path"] for file in record["files"]]:  # another file in an artifact's folder
+    record = artifact.load(folder).record
+    if path.relative_to(folder).as_posix() not in [file["path"] for file in record["files"]]:  # another file there
         return {}
     running = {"in_its_runtime": record["operators"]} if "operators" in record else {}
     return {key: record[key] for key in _MADE if key in record} | running

@@ -18,7 +18,7 @@ from edgekit.runs import Run
 
 DEFAULT_FORMATS = ("onnx", "torchscript")
 # Names that CLI.md fixes for formats yet to come: whoever types one has misspelt nothing.
-LATER = ("tensorrt", "coreml")
+LATER = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ kept of it in archive.py.
 import contextlib
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from edgekit import __version__, archive, crew, foreign, looks, planned, process
 from edgekit import baseline as earlier
 from edgekit import judge as judges
 from edgekit.archive import Notebook
-from edgekit.assignment import EVERY, Assignment, assign, surrogate
+from edgekit.assignment import EVERY, Assignment, Entry, assign, surrogate
 from edgekit.attacks import Attack, parse
 from edgekit.attacks.campaign import Outcome
 from edgekit.checks import share
@@ -30,6 +31,7 @@ from edgekit.errors import ENVIRONMENT, EdgekitError, printable
 from edgekit.examine import Advance, Beside, Earlier, Examined, Trial, Watch, examine
 from edgekit.files import digest, sha256, write_text
 from edgekit.foreign import Said
+from edgekit.formats import lacking
 from edgekit.looks import Looks
 from edgekit.planned import Plan
 from edgekit.recipe import typed
@@ -77,6 +79,7 @@ def verify(
     resize: bool = False,
     size: int | None = None,
     trust_file: bool = False,
+    skip_unavailable: bool = False,
 ) -> dict[str, Any]:
     """Attack exported files in their own runtimes and say whether the robustness of their student survived in them.
 
@@ -107,6 +110,7 @@ def verify(
         source: a model whose gradients are followed as well: student.safetensors, or an ONNX file.
         mean, std, layout, channels, output, classes, resize, size, trust_file: what a file of no run does not say of
             itself, as foreign.Said explains.
+        skip_unavailable: a file that cannot run here does not make the verdict fail, as long as another one ran.
     Returns:
         The document that `--json` prints; it is also kept as verdicts/<n>/verdict.json in the run's folder, or in
         edgekit-verdicts/<n>/ for a file of no run.
@@ -211,6 +215,7 @@ def verify(
             looks=archive.looks(
                 assignment.verdicts, [one.about["sha256"] for one in assignment.entries], assignment.data.sha256
             ),
+            skip_unavailable=skip_unavailable,
         )
     evidence = Evidence(
         tuple(results.files),
@@ -388,7 +393,9 @@ def _examine_all(
                 # What the other files went through for minutes is not thrown away for this one.
                 faults.append(error)
                 say(f"{name} is not judged: {error}")
-                results.artifacts.append(verdict.not_run(**entry.about, why=str(error)))
+                results.artifacts.append(
+                    verdict.not_run(**entry.about, why=str(error), command=_elsewhere(assignment, entry))
+                )
                 continue
             results.samples = max(results.samples, len(seen_trial.labels))
             if bar.disable:
@@ -415,6 +422,14 @@ def _examine_all(
             f"nothing could run here ({faults[0]})", exit_code=ENVIRONMENT
         )
     return results
+
+
+def _elsewhere(assignment: Assignment, entry: Entry) -> str | None:
+    """The command that judges a file on the device that runs it; None where it was no device that lacked."""
+    if lacking(entry.about["format"]) is None or assignment.student is None:
+        return None
+    folder = assignment.verdicts.parent / "artifacts" / entry.about["name"]
+    return shlex.join(["edgekit", "verify", str(folder), "--judge", "tcp://HOST:PORT"])
 
 
 def _evidence(name: str, trial: Trial, beside: Beside | None, examined: Examined) -> FileEvidence:

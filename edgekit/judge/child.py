@@ -27,7 +27,10 @@ SUFFIXES = {
     ".pte": "executorch",
     ".tflite": "litert",
     ".param": "ncnn",
+    ".engine": "tensorrt",
+    ".mlmodel": "coreml",
 }
+CODE = {"torchscript": "TorchScript", "tensorrt": "a TensorRT engine"}  # of which code runs when it is opened
 OPENING = 120.0  # seconds: on a busy machine the imports alone take several
 _THREAD = 2**23 + 2**27  # bytes of address space that glibc sets aside for a thread: its stack and its arena
 _MEMORY = re.compile(r"bad.?alloc|allocate|out of memory", re.IGNORECASE)
@@ -72,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="ONNX Runtime session entry")
     parser.add_argument("--optimization", default="all", help="of the graph: none, basic, extended or all")
     parser.add_argument("--output", help="the output that holds the scores; the first by default")
-    parser.add_argument("--trust-file", action="store_true", help="open TorchScript, which can run code of the file")
+    parser.add_argument("--trust-file", action="store_true", help="open TorchScript or an engine, which are code")
 
 
 def opened(arguments: argparse.Namespace) -> tuple[protocol.Scores, int]:
@@ -84,11 +87,9 @@ def opened(arguments: argparse.Namespace) -> tuple[protocol.Scores, int]:
     path: Path = arguments.file
     name = arguments.format or choose(SUFFIXES, path.suffix, "model file with the suffix", where=path)
     memory = getattr(arguments, "memory", 0)
+    if name in CODE and not arguments.trust_file:
+        raise EdgekitError(f"opening {CODE[name]} can run code of the file", where=path, mend="Trust it: --trust-file")
     if name == "torchscript":
-        if not arguments.trust_file:
-            raise EdgekitError(
-                "opening TorchScript can run code of the file", where=path, mend="Trust it: --trust-file"
-            )
         import torch
 
         from edgekit.formats import torchscript
@@ -115,6 +116,14 @@ def opened(arguments: argparse.Namespace) -> tuple[protocol.Scores, int]:
         _limit_memory(memory, arguments.threads)
         interpreter = lite.Session(path, threads=arguments.threads)
         return interpreter, interpreter.classes
+    if name in ("tensorrt", "coreml"):
+        import torch
+
+        from edgekit.formats import FORMATS
+
+        # No limit of memory: CUDA and Core ML set aside far more addresses than they use.
+        foreign = FORMATS[name].open(path, threads=arguments.threads)
+        return lambda pixels: foreign(torch.from_numpy(pixels)).numpy(), 0
     import onnxruntime  # noqa: F401 (before the limit: it counts what comes beyond)
 
     from edgekit import ort

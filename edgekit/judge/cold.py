@@ -73,7 +73,7 @@ def _forgotten() -> int:
 def _import(format: str | None) -> None:
     if format == "torchscript":
         from edgekit.formats import torchscript  # noqa: F401
-    elif format in ("openvino", "executorch", "ncnn"):
+    elif format in ("openvino", "executorch", "ncnn", "tensorrt", "coreml"):
         from edgekit.formats import FORMATS
 
         FORMATS[format].package()

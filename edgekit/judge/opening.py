@@ -14,8 +14,8 @@ from edgekit import processors
 from edgekit.artifact import Artifact
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import ENVIRONMENT, EdgekitError, choose
-from edgekit.formats import FORMATS
-from edgekit.judge.child import OPENING, SUFFIXES
+from edgekit.formats import FORMATS, lacking
+from edgekit.judge.child import CODE, OPENING, SUFFIXES
 from edgekit.judge.line import dialled, started
 from edgekit.judge.remote import Remote
 
@@ -46,7 +46,7 @@ def open(
         isolated: in a child process, which the file may kill; `close` ends it, and so does forgetting the Classifier.
             False is for measuring latency, and for files that are known.
         options, optimization, output: of ONNX Runtime, as in ort.Session.
-        trust: open TorchScript, which can run code of the file; an artifact's needs no leave.
+        trust: open TorchScript or an engine, which can run code of the file; an artifact's needs no leave.
         memory: bytes that the file may take in its child; by default half of this machine's, and at least 2 GiB.
         seconds: that the child may take for one batch; opening the file may always take two minutes.
     Raises:
@@ -195,8 +195,18 @@ def _format(path: Path, format: str | None, trust: bool) -> str:
     if format is None and path.suffix not in SUFFIXES:
         raise EdgekitError("no model file that edgekit opens", where=path, mend=f"Known: {', '.join(SUFFIXES)}")
     format = choose(RUNTIMES, format, "format") and format if format else SUFFIXES[path.suffix]
-    if format == "torchscript" and not trust:
-        raise EdgekitError("opening TorchScript can run code of the file", where=path, mend="Trust it: --trust-file")
+    if format in CODE and not trust:
+        raise EdgekitError(
+            f"opening {CODE[format]} can run code of the file", where=path, mend="Trust it: --trust-file"
+        )
+    if (missing := lacking(format)) is not None:
+        serving = f"python -m edgekit.judge.serve {path.name}" + " --trust-file" * (format in CODE)
+        raise EdgekitError(
+            f"{RUNTIMES[format]} needs {missing}, which is not here",
+            where=path,
+            mend=f"Where it runs: {serving}; then say here: --judge tcp://HOST:PORT",
+            exit_code=ENVIRONMENT,
+        )
     return format
 
 

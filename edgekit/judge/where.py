@@ -14,6 +14,8 @@ RUNTIME = {
     "executorch": "executorch",
     "litert": "ai-edge-litert",
     "ncnn": "ncnn",
+    "tensorrt": "tensorrt",
+    "coreml": "coremltools",
 }
 
 
