@@ -86,6 +86,9 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="Write int8 files too.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Write fp16 files too, in formats that have it.")] = False,
     format: Annotated[str | None, typer.Option(metavar="F,…", help="onnx, torchscript, openvino, all.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="T,…", help="Places to ship to (edgekit targets), in place of --format.")
+    ] = None,
     qat: Annotated[bool, typer.Option("--qat", help="Train the int8 file further; a second time continues.")] = False,
     qat_control: Annotated[
         bool, typer.Option("--qat-control", help="Train the float student in the same way too, for comparison.")
@@ -119,6 +122,7 @@ def export(
         int8=int8,
         fp16=fp16,
         formats=format.split(",") if format else None,
+        targets=target,
         ptq=ptq,
         sensitivity=sensitivity,
         robust_drop=None if robust_drop is None else robust_drop / 100,
@@ -141,7 +145,7 @@ def export(
             _print(tries.to_table(record))
             say(tries.closing(record))
         say(f"Next: edgekit verify{'' if run is None else f' {run}'} --attack pgd20")
-    raise typer.Exit(0 if all(record["held"] for record in searched) else 1)
+    raise typer.Exit(0 if all(record["held"] for record in searched) and result["within_budget"] else 1)
 
 
 @app.command()
@@ -352,6 +356,18 @@ def methods(json: Json = False) -> None:
         for name, method in METHODS.items()
     ]
     _list(json, rows, 'A recipe names one: [method] name = "rslad"')
+
+
+@app.command()
+def targets(json: Json = False) -> None:
+    """List the places that `export --target` writes files for."""
+    from edgekit import target
+
+    document = target.document()
+    if json:
+        _print_json(document)
+    else:
+        _list(False, target.rows(document), "Your own: export/NAME.toml in the working directory, which comes first.")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Student + formats -> artifacts, each opened again in its own runtime and compared before it is called written."""
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import platform
@@ -15,14 +16,14 @@ from torch import Tensor
 
 import edgekit
 from edgekit import artifact as artifacts
-from edgekit import data, judge, machine, models, quantize, runs
+from edgekit import data, judge, machine, models, quantize, runs, target
 from edgekit.artifact import Artifact
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
 from edgekit.errors import EdgekitError, choose
 from edgekit.files import sha256, write_json, writing_folder
 from edgekit.formats import FORMATS, onnx
-from edgekit.jobs import Job, Order, listed, made_from, trained, typed
+from edgekit.jobs import Job, Order, aimed, listed, made_from, trained, typed
 from edgekit.machine import interleaved
 from edgekit.quantize.ladder import Kept, Material
 from edgekit.quantize.start import PTQ
@@ -30,6 +31,7 @@ from edgekit.recipe import read, split_override
 from edgekit.report import layers
 from edgekit.runs import Run
 from edgekit.stock import Made, Stock
+from edgekit.target import Target
 from edgekit.verdict import to_dict
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def export(
     int8: bool = False,
     fp16: bool = False,
     formats: str | Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
     ptq: str = "tuned",
     sensitivity: bool = False,
     robust_drop: float | None = None,
@@ -61,6 +64,7 @@ def export(
         int8: with `formats`, this precision is added to fp32 in every format named; without, onnx-int8 is added.
         fp16: with `formats`, this precision too; only formats that have it.
         formats: names of FORMATS, also as one string with commas; "all" is every one of them.
+        targets: names of profiles (target.py), each of which says format and precision; in place of `formats`.
         ptq: "tuned": int8 files get the settings that cost least on validation images; "plain": min-max ranges.
         sensitivity: measure what quantizing each layer alone costs, on validation images: sensitivity.json and
             sensitivity.png in the int8 artifact's folder.
@@ -73,17 +77,19 @@ def export(
         label: the last part of the artifacts' names.
         force: replace what stands under the same name.
     Returns:
-        {"run", "artifacts": [{"name", "written", artifact.json's content…}], "latency": […]}: what `--json` prints;
+        {"run", "artifacts": [{"name", "written", artifact.json's content…}], "within_budget", "latency": […]}: what
+            `--json` prints; `within_budget` is False where an artifact misses the budget of its target;
             `latency` (int8 against fp32) only where a file was written; `sensitivity` in the int8 artifact where it was
-            asked for; the `held` of its `robust_drop` says whether that budget was kept.
+            asked for; the `held` of its `robust_drop` says whether that budget was kept, its `target` what came of the
+            budget of its target.
     Raises:
         EdgekitError: no finished run, a format or precision that is not there, another artifact under the same name,
             or a file that does not answer as the student does.
         KeyboardInterrupt: training was interrupted; after one line that says how to continue.
     """
-    jobs = listed(formats, int8, fp16, label)
+    jobs = _jobs(formats, targets, int8, fp16, label, robust_drop)
     changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
-    _asked(int8, sensitivity, robust_drop)
+    _asked(any(job.precision == "int8" for job in jobs), sensitivity, robust_drop)
     if robust_drop is not None and any(job.precision == "int8" and job.format != "onnx" for job in jobs):
         raise EdgekitError("its tries are measured as ONNX files", where="--robust-drop", mend="Say --format onnx")
     choose(dict.fromkeys(PTQ, ptq), ptq, "quantization", where="--ptq")
@@ -101,7 +107,7 @@ def export(
             "the student is trained already; only keys of the table [qat] can be set", where=f"--set {wrong[0]}"
         )
     student = models.load(place.student, factory=recipe.student.architecture)
-    again = typed(place, fp16, ptq, sensitivity, robust_drop, qat, qat_control, changes, formats, label, force)
+    again = typed(place, fp16, ptq, sensitivity, robust_drop, qat, qat_control, changes, formats, targets, label, force)
     order = Order(place, source, recipe, student, ptq, robust_drop, qat, again, force)
     standing = [_standing(place.artifacts / job.name, order, job) for job in jobs]
     unmeasured = sensitivity and any(
@@ -142,12 +148,30 @@ def export(
             reports.append({"name": job.name, "written": not there, **written.record, **more})
             if not there:
                 _tell(written)
+            if job.target is not None:
+                _cost(written)
             bar.advance(task)
-    result: dict[str, Any] = {"run": str(place.folder), "artifacts": reports}
-    pairs = [(job, floats[job.format]) for job in jobs if job.precision == "int8"]
+    within = all(target.held(report["target"]) for report in reports if "target" in report)
+    result: dict[str, Any] = {"run": str(place.folder), "artifacts": reports, "within_budget": within}
+    pairs = [(job, floats[job.format]) for job in jobs if job.precision == "int8" and job.format in floats]
     if len(compared) and pairs:
         result["latency"] = [_compare_latency(place, low, full, compared) for low, full in pairs]
     return result
+
+
+def _jobs(
+    formats: str | Sequence[str] | None,
+    targets: str | Sequence[str] | None,
+    int8: bool,
+    fp16: bool,
+    label: str | None,
+    robust_drop: float | None,
+) -> list[Job]:
+    if targets is None:
+        return listed(formats, int8, fp16, label)
+    if formats is not None:
+        raise EdgekitError("a target says its format itself", where="--format", mend="Leave out --format or --target")
+    return aimed(targets, int8, fp16, label, full=robust_drop is not None)
 
 
 def _asked(int8: bool, sensitivity: bool, robust_drop: float | None) -> None:
@@ -174,6 +198,7 @@ def _standing(folder: Path, order: Order, job: Job) -> bool:
     scheme = quantize.SCHEMES[FORMATS[job.format].SCHEME].record() if job.precision == "int8" else None
     same = [there.get("made_from") == order.made_from, there.get("edgekit") == edgekit.__version__]
     same.append(there.get("scheme") == scheme)
+    same.append(there.get("target", {}).get("profile") == (job.target.record() if job.target else None))
     searched = there.get("robust_drop", {})
     if job.precision == "int8":
         same.append(there["calibration"].get("ptq", "plain") == order.ptq)
@@ -229,7 +254,25 @@ def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | 
                 raise EdgekitError(
                     "the int8 file answers differently under saturating and exact arithmetic", where=job.name
                 )
+        if job.target is not None:
+            record["target"] = _budget(job.target, Artifact(part, record), compared)
         write_json(part / "artifact.json", record)
+
+
+def _budget(place: Target, made: Artifact, images: Tensor) -> dict[str, Any]:
+    """What the file costs, against what the target allows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(place.threads)  # which is how TorchScript is told
+    try:
+        pixels = images[:1].expand(place.batch, -1, -1, -1).contiguous()
+
+        @functools.cache
+        def opened() -> Classifier:  # not before it is needed: some formats open on their device alone
+            return judge.open(made, threads=place.threads, isolated=False)
+
+        return target.measure(place, made.bytes, lambda: opened()(pixels))
+    finally:
+        torch.set_num_threads(before)
 
 
 def _safe(model: "ModelProto", job: Job) -> None:
@@ -281,6 +324,12 @@ def _against(expected: Tensor, answered: Tensor, job: Job, file: str) -> dict[st
 def _versions(format: str) -> dict[str, str]:
     packages = FORMATS[format].PACKAGES
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _cost(written: Artifact) -> None:
+    """What came of the budget of its target: said of every export, also where the file was there already."""
+    for sentence in target.sentences(written.record["target"]):
+        say(f"{written.name}: {sentence}")
 
 
 def _tell(written: Artifact) -> None:
