@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_ELSEWHERE = "For a network trained elsewhere"
 _FILE = "For a FILE that edgekit did not write"
 # What the system says of a path that cannot be one, whatever option it stood behind.
 _NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -94,7 +95,8 @@ def export(
         bool, typer.Option("--qat-control", help="Train the float student in the same way too, for comparison.")
     ] = False,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="qat.K=V", help="How --qat trains: --set qat.epochs=4.")
+        list[str] | None,
+        typer.Option("--set", metavar="K=V", help="How --qat trains: qat.epochs=4; with --weights any key."),
     ] = None,
     label: Annotated[
         str | None, typer.Option(help="Part of the artifact's name, to keep several side by side.")
@@ -111,6 +113,27 @@ def export(
         typer.Option(
             metavar="POINTS", min=0, max=100, help="With --int8: the robust accuracy that may be lost on validation."
         ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="safetensors, or a state_dict in .pt.", rich_help_panel=_ELSEWHERE),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="mobilenetv2, resnet18, … or module:factory.", rich_help_panel=_ELSEWHERE),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Its photos, or digits, cifar10.", rich_help_panel=_ELSEWHERE)
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(metavar="N", min=4, help="The side of its images.", rich_help_panel=_ELSEWHERE)
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="M,…", help="In [0, 1], RGB; 123/255 is allowed.", rich_help_panel=_ELSEWHERE)
+    ] = None,
+    std: Annotated[str | None, typer.Option(metavar="S,…", help="The same.", rich_help_panel=_ELSEWHERE)] = None,
+    classes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its class names, to be compared.", rich_help_panel=_ELSEWHERE)
     ] = None,
     json: Json = False,
 ) -> None:
@@ -131,6 +154,13 @@ def export(
         overrides=overrides or (),
         label=label,
         force=force,
+        weights=weights,
+        model=model,
+        data=data,
+        size=size,
+        mean=mean,
+        std=std,
+        classes=classes,
     )
     searched = [one["robust_drop"] for one in result["artifacts"] if "robust_drop" in one]
     if json:

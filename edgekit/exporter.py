@@ -16,10 +16,11 @@ from torch import Tensor
 
 import edgekit
 from edgekit import artifact as artifacts
-from edgekit import data, judge, machine, models, quantize, runs, target
+from edgekit import imported, judge, machine, models, quantize, runs, target
 from edgekit.artifact import Artifact
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
+from edgekit.data import load as load_data
 from edgekit.errors import EdgekitError, choose
 from edgekit.files import sha256, write_json, writing_folder
 from edgekit.formats import FORMATS, onnx
@@ -56,6 +57,13 @@ def export(
     overrides: str | Sequence[str] = (),
     label: str | None = None,
     force: bool = False,
+    weights: str | Path | None = None,
+    model: str | None = None,
+    data: str | Path | None = None,
+    size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    classes: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write the deployable files of a run's student into its artifacts/ folder.
 
@@ -73,9 +81,11 @@ def export(
         qat: train the int8 file further (quantize/qat.py), under the label "qat" where no other is given; what was
             interrupted continues. With `robust_drop` it is the last of the tries.
         qat_control: train the float student in the same way too, for comparison: onnx-fp32-<label>.control.
-        overrides: of the recipe's table [qat], such as "qat.epochs=4".
+        overrides: of the recipe's table [qat], such as "qat.epochs=4"; with `weights` of any of its tables.
         label: the last part of the artifacts' names.
         force: replace what stands under the same name.
+        weights: a network trained elsewhere, of which a run is made first (imported.py), in place of `run`.
+        model, data, size, mean, std, classes: what it is and what it eats, as imported.Given explains them.
     Returns:
         {"run", "artifacts": [{"name", "written", artifact.json's content…}], "within_budget", "latency": […]}: what
             `--json` prints; `within_budget` is False where an artifact misses the budget of its target;
@@ -89,6 +99,9 @@ def export(
     """
     jobs = _jobs(formats, targets, int8, fp16, label, robust_drop)
     changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
+    given = _given(run, weights, changes, model=model, data=data, size=size, mean=mean, std=std, classes=classes)
+    if given is not None:
+        changes = tuple(change for change in changes if change not in given.overrides)
     _asked(any(job.precision == "int8" for job in jobs), sensitivity, robust_drop)
     if robust_drop is not None and any(job.precision == "int8" and job.format != "onnx" for job in jobs):
         raise EdgekitError("its tries are measured as ONNX files", where="--robust-drop", mend="Say --format onnx")
@@ -98,7 +111,7 @@ def export(
         jobs = trained(jobs, label or ("qat" if robust_drop is None else None), control=qat_control)
     elif qat_control or changes:
         raise EdgekitError("says how --qat trains", where=_option(qat_control, changes), mend="Add --qat")
-    place = runs.find(run)
+    place = runs.find(run) if given is None else imported.bring(given)
     torch.set_flush_denormal(True)
     source = made_from(place)
     recipe = read(place.recipe_file, changes)
@@ -117,7 +130,7 @@ def export(
     stock: Stock | None = None
     # Reading the data may take a while; where nothing is to be written nobody waits for it.
     if not all(standing) or unmeasured:
-        dataset = data.load(recipe.data)
+        dataset = load_data(recipe.data)
         if dataset.sha256 != source["data_sha256"]:
             raise EdgekitError(
                 "the data has changed since the student was trained", where=dataset.name, mend="Train again"
@@ -157,6 +170,23 @@ def export(
     if len(compared) and pairs:
         result["latency"] = [_compare_latency(place, low, full, compared) for low, full in pairs]
     return result
+
+
+def _given(
+    run: str | Path | None, weights: str | Path | None, changes: Sequence[str], **said: Any
+) -> imported.Given | None:
+    """What is said of a network trained elsewhere; None where none is named."""
+    named = [name for name, value in said.items() if value is not None]
+    if weights is None:
+        if named:
+            raise EdgekitError("is about a network trained elsewhere", where=f"--{named[0]}", mend="Add --weights FILE")
+        return None
+    if run is not None:
+        raise EdgekitError("the run already has a student", where=f"--weights {weights}", mend=f"Leave out {run}")
+    about = tuple(change for change in changes if split_override(change)[0][0] != "qat")
+    said |= {"data": str(said["data"])} if said["data"] is not None else {}
+    said |= {"classes": Path(said["classes"])} if said["classes"] is not None else {}
+    return imported.Given(Path(weights), overrides=about, **said)
 
 
 def _jobs(

@@ -156,11 +156,7 @@ def read(path: str | Path, overrides: Iterable[str] = (), seed: int | None = Non
         EdgekitError: no such file, not TOML, or a key that is unknown, of the wrong type or out of range.
     """
     text, document = parse(shipped.find(path, "recipes"), path)
-    origin: dict[tuple[str, ...], str] = {}
-    for override in overrides:
-        key, value = split_override(override)
-        _place(document, key, value, override)
-        origin[key] = f"--set {override}"
+    origin = _override(document, overrides)
     if seed is not None:
         document["seed"] = seed
         origin[("seed",)] = f"--seed {seed}"
@@ -168,6 +164,29 @@ def read(path: str | Path, overrides: Iterable[str] = (), seed: int | None = Non
         return Recipe.model_validate(document)
     except ValidationError as error:
         raise sentence(error, path, text, origin) from None
+
+
+def resolve(document: dict[str, Any], overrides: Iterable[str], *, where: str) -> Recipe:
+    """A recipe that stands in no file, with overrides; `where` is named for a fault that is none of theirs.
+
+    Raises:
+        EdgekitError: a key that is unknown, of the wrong type or out of range.
+    """
+    origin = _override(document, overrides)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise sentence(error, where, "", origin) from None
+
+
+def _override(document: dict[str, Any], overrides: Iterable[str]) -> dict[tuple[str, ...], str]:
+    """Put overrides into the document; where each of these keys comes from, for people."""
+    origin: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        key, value = split_override(override)
+        _place(document, key, value, override)
+        origin[key] = f"--set {override}"
+    return origin
 
 
 def parse(file: Path, path: str | Path) -> tuple[str, dict[str, Any]]:
