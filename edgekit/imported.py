@@ -5,6 +5,7 @@ and run.json, whose status is "imported". Everything that follows, verify above 
 Nothing about the network is guessed: what neither the file nor an option says is asked for.
 """
 
+import io
 import json
 import pickle
 import re
@@ -31,6 +32,7 @@ from edgekit.recipe import Recipe, Student, resolve, to_toml
 from edgekit.runs import Run
 
 STATUS = "imported"
+_ABOVE = "# Trained elsewhere: [method] and [train] say what export --qat goes on with, not what was done before.\n\n"
 CHECKED = 1000  # validation images at most
 _UNPICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DataParallel, torch.compile and Lightning put before each name
@@ -107,7 +109,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     elif path.suffix in _UNPICKLED:
         mend = "Save weights alone: torch.save(model.state_dict(), FILE)"
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
         except (*_UNREADABLE, struct.error) as error:
             if machine.out_of_memory(error):
                 raise
@@ -162,7 +164,8 @@ def _plan(given: Given, about: Mapping[str, Any]) -> Recipe:
         images["size"] = given.size
     # What `--qat` trains further with, unless --set says otherwise: adversarial training asks for no teacher.
     document = {"student": student | {"architecture": model}, "data": images, "method": {"name": "sat"}}
-    return resolve(document, given.overrides, where="--set")
+    typed = {("student", "architecture"): f"--model {model}", ("data", "size"): f"--size {given.size}"}
+    return resolve(document, given.overrides, typed)
 
 
 def _same_classes(given: Given, about: Mapping[str, Any], dataset: Dataset) -> None:
@@ -244,7 +247,8 @@ def _fits(asked: Mapping[str, Tensor], own: Mapping[str, Tensor], dataset: Datas
         what = f"lacks {len(missing)} of the {len(asked)} tensors of {model}, the first '{missing[0]}'"
         raise EdgekitError(what, where=where, mend=other)
     if unknown := [name for name in own if name not in asked]:
-        what = f"has {len(unknown)} tensors that {model} has not, the first '{unknown[0]}'"
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        what = f"holds what {model} has not: '{unknown[0]}'{more}"
         raise EdgekitError(what, where=where, mend=other)
     for name, value in own.items():
         expected = asked[name]
@@ -291,7 +295,7 @@ def _made(stem: str, network: Network, plan: Recipe, dataset: Dataset, given: Gi
     right = predict(network, validation.floats()).argmax(1) == validation.labels
     accuracy = right.double().mean().item()
     run = runs.create(stem, None)
-    write_text(run.recipe_file, to_toml(plan))
+    write_text(run.recipe_file, _ABOVE + to_toml(plan))
     models.save(network, run.student)
     info = {
         "schema": 1,

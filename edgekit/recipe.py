@@ -166,17 +166,17 @@ def read(path: str | Path, overrides: Iterable[str] = (), seed: int | None = Non
         raise sentence(error, path, text, origin) from None
 
 
-def resolve(document: dict[str, Any], overrides: Iterable[str], *, where: str) -> Recipe:
-    """A recipe that stands in no file, with overrides; `where` is named for a fault that is none of theirs.
+def resolve(document: dict[str, Any], overrides: Iterable[str], origin: Mapping[tuple[str, ...], str]) -> Recipe:
+    """A recipe that stands in no file, with overrides; `origin` names the options that its other keys come from.
 
     Raises:
         EdgekitError: a key that is unknown, of the wrong type or out of range.
     """
-    origin = _override(document, overrides)
+    named = {**origin, **_override(document, overrides)}
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise sentence(error, where, "", origin) from None
+        raise sentence(error, "--set", "", named) from None
 
 
 def _override(document: dict[str, Any], overrides: Iterable[str]) -> dict[tuple[str, ...], str]:
