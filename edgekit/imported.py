@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     elif path.suffix in _UNPICKLED:
         mend = "Save weights alone: torch.save(model.state_dict(), FILE)"
         try:
-            found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # of TorchScript, before it is refused
+                warnings.simplefilter("ignore")
+                found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
         except (*_UNREADABLE, struct.error) as error:
             if machine.out_of_memory(error):
                 raise
