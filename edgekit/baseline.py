@@ -143,7 +143,7 @@ def held_against(
     return found
 
 
-def _alike(what: str, then: object, now: object, where: Path) -> None:
+def _alike(what: str, then: object, now: object, where: str) -> None:
     if then != now:
         raise EdgekitError(
             f"another release is compared on like terms only, and {what}: {then} there, {now} here", where=where

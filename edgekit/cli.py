@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_ELSEWHERE = "For a network trained elsewhere"
 _FILE = "For a FILE that edgekit did not write"
 # What the system says of a path that cannot be one, whatever option it stood behind.
 _NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -86,17 +87,18 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="Write int8 files too.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Write fp16 files too, in formats that have it.")] = False,
     format: Annotated[
-        str | None,
-        typer.Option(
-            metavar="F,…", help="onnx, torchscript, openvino, executorch, litert, ncnn, tensorrt, coreml, all."
-        ),
+        str | None, typer.Option(metavar="F,…", help="Names of formats (edgekit doctor lists them), or all.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="T,…", help="Places to ship to (edgekit targets), in place of --format.")
     ] = None,
     qat: Annotated[bool, typer.Option("--qat", help="Train the int8 file further; a second time continues.")] = False,
     qat_control: Annotated[
         bool, typer.Option("--qat-control", help="Train the float student in the same way too, for comparison.")
     ] = False,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="qat.K=V", help="How --qat trains: --set qat.epochs=4.")
+        list[str] | None,
+        typer.Option("--set", metavar="K=V", help="How --qat trains: qat.epochs=4; with --weights any key."),
     ] = None,
     label: Annotated[
         str | None, typer.Option(help="Part of the artifact's name, to keep several side by side.")
@@ -114,6 +116,27 @@ def export(
             metavar="POINTS", min=0, max=100, help="With --int8: the robust accuracy that may be lost on validation."
         ),
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="safetensors, or a state_dict in .pt.", rich_help_panel=_ELSEWHERE),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="mobilenetv2, resnet18, … or module:factory.", rich_help_panel=_ELSEWHERE),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Its photos, or digits, cifar10.", rich_help_panel=_ELSEWHERE)
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(metavar="N", min=4, help="The side of its images.", rich_help_panel=_ELSEWHERE)
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="M,…", help="In [0, 1], RGB; 123/255 is allowed.", rich_help_panel=_ELSEWHERE)
+    ] = None,
+    std: Annotated[str | None, typer.Option(metavar="S,…", help="The same.", rich_help_panel=_ELSEWHERE)] = None,
+    classes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its class names, to be compared.", rich_help_panel=_ELSEWHERE)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write deployable files, each opened again and compared with the student."""
@@ -124,6 +147,7 @@ def export(
         int8=int8,
         fp16=fp16,
         formats=format.split(",") if format else None,
+        targets=target,
         ptq=ptq,
         sensitivity=sensitivity,
         robust_drop=None if robust_drop is None else robust_drop / 100,
@@ -132,6 +156,13 @@ def export(
         overrides=overrides or (),
         label=label,
         force=force,
+        weights=weights,
+        model=model,
+        data=data,
+        size=size,
+        mean=mean,
+        std=std,
+        classes=classes,
     )
     searched = [one["robust_drop"] for one in result["artifacts"] if "robust_drop" in one]
     if json:
@@ -146,7 +177,7 @@ def export(
             _print(tries.to_table(record))
             say(tries.closing(record))
         say(f"Next: edgekit verify{'' if run is None else f' {run}'} --attack pgd20")
-    raise typer.Exit(0 if all(record["held"] for record in searched) else 1)
+    raise typer.Exit(0 if all(record["held"] for record in searched) and result["within_budget"] else 1)
 
 
 @app.command()
@@ -361,6 +392,18 @@ def methods(json: Json = False) -> None:
         for name, method in METHODS.items()
     ]
     _list(json, rows, 'A recipe names one: [method] name = "rslad"')
+
+
+@app.command()
+def targets(json: Json = False) -> None:
+    """List the places that `export --target` writes files for."""
+    from edgekit import target
+
+    document = target.document()
+    if json:
+        _print_json(document)
+    else:
+        _list(False, target.rows(document), "Your own: export/NAME.toml in the working directory, which comes first.")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Student + formats -> artifacts, each opened again in its own runtime and compared before it is called written."""
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -16,14 +17,15 @@ from torch import Tensor
 
 import edgekit
 from edgekit import artifact as artifacts
-from edgekit import data, judge, machine, models, quantize, runs
+from edgekit import imported, judge, machine, models, quantize, runs, target
 from edgekit.artifact import Artifact
 from edgekit.classifier import Classifier, predict
 from edgekit.console import progress, say
+from edgekit.data import load as load_data
 from edgekit.errors import EdgekitError, choose
 from edgekit.files import sha256, write_json, writing_folder
 from edgekit.formats import FORMATS, lacking, onnx
-from edgekit.jobs import Job, Order, listed, made_from, trained, typed
+from edgekit.jobs import Job, Order, aimed, listed, made_from, trained, typed
 from edgekit.machine import interleaved
 from edgekit.quantize.ladder import Kept, Material
 from edgekit.quantize.start import PTQ
@@ -31,6 +33,7 @@ from edgekit.recipe import read, split_override
 from edgekit.report import layers
 from edgekit.runs import Run
 from edgekit.stock import Made, Stock
+from edgekit.target import Target
 from edgekit.verdict import to_dict
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ def export(
     int8: bool = False,
     fp16: bool = False,
     formats: str | Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
     ptq: str = "tuned",
     sensitivity: bool = False,
     robust_drop: float | None = None,
@@ -54,6 +58,13 @@ def export(
     overrides: str | Sequence[str] = (),
     label: str | None = None,
     force: bool = False,
+    weights: str | Path | None = None,
+    model: str | None = None,
+    data: str | Path | None = None,
+    size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    classes: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write the deployable files of a run's student into its artifacts/ folder.
 
@@ -62,6 +73,7 @@ def export(
         int8: with `formats`, this precision is added to fp32 in every format named; without, onnx-int8 is added.
         fp16: with `formats`, this precision too; only formats that have it.
         formats: names of FORMATS, also as one string with commas; "all" is every one of them.
+        targets: names of profiles (target.py), each of which says format and precision; in place of `formats`.
         ptq: "tuned": int8 files get the settings that cost least on validation images; "plain": min-max ranges.
         sensitivity: measure what quantizing each layer alone costs, on validation images: sensitivity.json and
             sensitivity.png in the int8 artifact's folder.
@@ -70,21 +82,28 @@ def export(
         qat: train the int8 file further (quantize/qat.py), under the label "qat" where no other is given; what was
             interrupted continues. With `robust_drop` it is the last of the tries.
         qat_control: train the float student in the same way too, for comparison: onnx-fp32-<label>.control.
-        overrides: of the recipe's table [qat], such as "qat.epochs=4".
+        overrides: of the recipe's table [qat], such as "qat.epochs=4"; with `weights` of any of its tables.
         label: the last part of the artifacts' names.
         force: replace what stands under the same name.
+        weights: a network trained elsewhere, of which a run is made first (imported.py), in place of `run`.
+        model, data, size, mean, std, classes: what it is and what it eats, as imported.Given explains them.
     Returns:
-        {"run", "artifacts": [{"name", "written", artifact.json's content…}], "latency": […]}: what `--json` prints;
+        {"run", "artifacts": [{"name", "written", artifact.json's content…}], "within_budget", "latency": […]}: what
+            `--json` prints; `within_budget` is False where an artifact misses the budget of its target;
             `latency` (int8 against fp32) only where a file was written; `sensitivity` in the int8 artifact where it was
-            asked for; the `held` of its `robust_drop` says whether that budget was kept.
+            asked for; the `held` of its `robust_drop` says whether that budget was kept, its `target` what came of the
+            budget of its target.
     Raises:
         EdgekitError: no finished run, a format or precision that is not there, another artifact under the same name,
             or a file that does not answer as the student does.
         KeyboardInterrupt: training was interrupted; after one line that says how to continue.
     """
-    jobs = listed(formats, int8, fp16, label)
+    jobs = _jobs(formats, targets, int8, fp16, label, robust_drop)
     changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
-    _asked(int8, sensitivity, robust_drop)
+    given = _given(run, weights, changes, model=model, data=data, size=size, mean=mean, std=std, classes=classes)
+    if given is not None:
+        changes = tuple(change for change in changes if change not in given.overrides)
+    _asked(any(job.precision == "int8" for job in jobs), sensitivity, robust_drop)
     if robust_drop is not None and any(job.precision == "int8" and job.format != "onnx" for job in jobs):
         raise EdgekitError("its tries are measured as ONNX files", where="--robust-drop", mend="Say --format onnx")
     choose(dict.fromkeys(PTQ, ptq), ptq, "quantization", where="--ptq")
@@ -93,7 +112,7 @@ def export(
         jobs = trained(jobs, label or ("qat" if robust_drop is None else None), control=qat_control)
     elif qat_control or changes:
         raise EdgekitError("says how --qat trains", where=_option(qat_control, changes), mend="Add --qat")
-    place = runs.find(run)
+    place = runs.find(run) if given is None else imported.bring(given)
     torch.set_flush_denormal(True)
     source = made_from(place)
     recipe = read(place.recipe_file, changes)
@@ -102,7 +121,7 @@ def export(
             "the student is trained already; only keys of the table [qat] can be set", where=f"--set {wrong[0]}"
         )
     student = models.load(place.student, factory=recipe.student.architecture)
-    again = typed(place, fp16, ptq, sensitivity, robust_drop, qat, qat_control, changes, formats, label, force)
+    again = typed(place, fp16, ptq, sensitivity, robust_drop, qat, qat_control, changes, formats, targets, label, force)
     order = Order(place, source, recipe, student, ptq, robust_drop, qat, again, force)
     standing = [_standing(place.artifacts / job.name, order, job) for job in jobs]
     unmeasured = sensitivity and any(
@@ -112,7 +131,7 @@ def export(
     stock: Stock | None = None
     # Reading the data may take a while; where nothing is to be written nobody waits for it.
     if not all(standing) or unmeasured:
-        dataset = data.load(recipe.data)
+        dataset = load_data(recipe.data)
         if dataset.sha256 != source["data_sha256"]:
             raise EdgekitError(
                 "the data has changed since the student was trained", where=dataset.name, mend="Train again"
@@ -143,12 +162,51 @@ def export(
             reports.append({"name": job.name, "written": not there, **written.record, **more})
             if not there:
                 _tell(written)
+            if job.target is not None:
+                _cost(written)
             bar.advance(task)
-    result: dict[str, Any] = {"run": str(place.folder), "artifacts": reports}
-    pairs = [(job, floats[job.format]) for job in jobs if job.precision == "int8" and not lacking(job.format)]
+    within = all(target.held(report["target"]) for report in reports if "target" in report)
+    result: dict[str, Any] = {"run": str(place.folder), "artifacts": reports, "within_budget": within}
+    pairs = [
+        (job, floats[job.format])
+        for job in jobs
+        if job.precision == "int8" and job.format in floats and not lacking(job.format)
+    ]
     if len(compared) and pairs:
         result["latency"] = [_compare_latency(place, low, full, compared) for low, full in pairs]
     return result
+
+
+def _given(
+    run: str | Path | None, weights: str | Path | None, changes: Sequence[str], **said: Any
+) -> imported.Given | None:
+    """What is said of a network trained elsewhere; None where none is named."""
+    named = [name for name, value in said.items() if value is not None]
+    if weights is None:
+        if named:
+            raise EdgekitError("is about a network trained elsewhere", where=f"--{named[0]}", mend="Add --weights FILE")
+        return None
+    if run is not None:
+        raise EdgekitError("the run already has a student", where=f"--weights {weights}", mend=f"Leave out {run}")
+    about = tuple(change for change in changes if split_override(change)[0][0] != "qat")
+    said |= {"data": str(said["data"])} if said["data"] is not None else {}
+    said |= {"classes": Path(said["classes"])} if said["classes"] is not None else {}
+    return imported.Given(Path(weights), overrides=about, **said)
+
+
+def _jobs(
+    formats: str | Sequence[str] | None,
+    targets: str | Sequence[str] | None,
+    int8: bool,
+    fp16: bool,
+    label: str | None,
+    robust_drop: float | None,
+) -> list[Job]:
+    if targets is None:
+        return listed(formats, int8, fp16, label)
+    if formats is not None:
+        raise EdgekitError("a target says its format itself", where="--format", mend="Leave out --format or --target")
+    return aimed(targets, int8, fp16, label, full=robust_drop is not None)
 
 
 def _asked(int8: bool, sensitivity: bool, robust_drop: float | None) -> None:
@@ -175,6 +233,7 @@ def _standing(folder: Path, order: Order, job: Job) -> bool:
     scheme = quantize.SCHEMES[FORMATS[job.format].SCHEME].record() if job.precision == "int8" else None
     same = [there.get("made_from") == order.made_from, there.get("edgekit") == edgekit.__version__]
     same.append(there.get("scheme") == scheme)
+    same.append(there.get("target", {}).get("profile") == (job.target.record() if job.target else None))
     searched = there.get("robust_drop", {})
     if job.precision == "int8":
         same.append(there["calibration"].get("ptq", "plain") == order.ptq)
@@ -235,7 +294,25 @@ def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | 
                 raise EdgekitError(
                     "the int8 file answers differently under saturating and exact arithmetic", where=job.name
                 )
+        if job.target is not None:
+            record["target"] = _budget(job.target, Artifact(part, record), compared)
         write_json(part / "artifact.json", record)
+
+
+def _budget(place: Target, made: Artifact, images: Tensor) -> dict[str, Any]:
+    """What the file costs, against what the target allows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(place.threads)  # which is how TorchScript is told
+    try:
+        pixels = images[:1].expand(place.batch, -1, -1, -1).contiguous()
+
+        @functools.cache
+        def opened() -> Classifier:  # not before it is needed: some formats open on their device alone
+            return judge.open(made, threads=place.threads, isolated=False)
+
+        return target.measure(place, made.bytes, lambda: opened()(pixels))
+    finally:
+        torch.set_num_threads(before)
 
 
 def _safe(model: "ModelProto", job: Job) -> None:
@@ -293,6 +370,12 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # it is installed by another name, as tensorrt_rtx_cu13 is
         return str(importlib.import_module(package).__version__)
+
+
+def _cost(written: Artifact) -> None:
+    """What came of the budget of its target: said of every export, also where the file was there already."""
+    for sentence in target.sentences(written.record["target"]):
+        say(f"{written.name}: {sentence}")
 
 
 def _tell(written: Artifact) -> None:

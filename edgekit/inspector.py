@@ -41,7 +41,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise EdgekitError("there is no such file", where=path)
     if path.suffix == ".mlpackage":
-        path = path.parent / FORMATS["coreml"].FILE
+        path = path.joinpath(*Path(FORMATS["coreml"].FILE).parts[1:])
     if path.is_dir():
         return {"path": str(path), **_folder(path)}
     if not path.is_file():  # a pipe or a device, which may have no end

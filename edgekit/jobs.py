@@ -15,6 +15,8 @@ from edgekit.formats import FORMATS
 from edgekit.models import Network
 from edgekit.recipe import Recipe
 from edgekit.runs import Run
+from edgekit.target import Target
+from edgekit.target import read as read_target
 
 DEFAULT_FORMATS = ("onnx", "torchscript")
 # Names that CLI.md fixes for formats yet to come: whoever types one has misspelt nothing.
@@ -24,16 +26,18 @@ LATER = ()
 @dataclass(frozen=True)
 class Job:
     """One artifact to be written; a `trained` one goes on training (quantize/qat.py), in fp32 as the int8 one's
-    control."""
+    control. `target` is the place that it is for, where one was named."""
 
     format: str
     precision: str
     label: str | None
     trained: bool = False
+    target: Target | None = None
 
     @property
     def name(self) -> str:
-        return "-".join(part for part in (self.format, self.precision, self.label) if part)
+        place = self.target.name if self.target else None
+        return "-".join(part for part in (self.format, self.precision, place, self.label) if part)
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,8 @@ class Order:
 
 def listed(formats: str | Sequence[str] | None, int8: bool, fp16: bool, label: str | None) -> list[Job]:
     """The jobs that the options of `export` stand for, fp32 before the other precisions of a format."""
-    if label is not None and (not label or not all(letter.isalnum() or letter in "._" for letter in label)):
-        raise EdgekitError("a label is made of letters, digits, '.' and '_'", where=f"--label {label}")
+    _labelled(label)
     wanted = ["fp32", *(["int8"] if int8 else []), *(["fp16"] if fp16 else [])]
-    known = "Written: " + ", ".join(f"{one} {'/'.join(format.PRECISIONS)}" for one, format in FORMATS.items())
     if formats is None:
         if fp16:
             written = ", ".join(name for name, format in FORMATS.items() if "fp16" in format.PRECISIONS)
@@ -106,18 +108,72 @@ def listed(formats: str | Sequence[str] | None, int8: bool, fp16: bool, label: s
     if "all" in names:
         return [Job(name, precision, label) for name in _here() for precision in _written(name, wanted)]
     for name in names:
-        if name in LATER:
-            raise EdgekitError(f"{name} is not written by this version", where="--format", mend=known)
-        choose(FORMATS, name, "format", where="--format")
-        if package := _lacking(name):
-            what = f"{name} needs the package {package}"
-            raise EdgekitError(what, where="--format", mend=_install(name), exit_code=ENVIRONMENT)
-        for precision in wanted:
-            if precision not in FORMATS[name].PRECISIONS:
-                raise EdgekitError(
-                    f"{name} is not written in {precision} by this version", where="--format", mend=known
-                )
+        _writable(name, wanted, "--format")
     return [Job(name, precision, label) for name in names for precision in wanted]
+
+
+def aimed(targets: str | Sequence[str], int8: bool, fp16: bool, label: str | None, *, full: bool) -> list[Job]:
+    """The jobs of `--target`, one for each profile, which says its format and precision.
+
+    Args:
+        int8, fp16: say nothing that a profile does not; they are refused where none is of that precision.
+        full: an fp32 file of each format stands before, for what holds an int8 file against it.
+    Raises:
+        EdgekitError: a profile that is not there or is at fault, or that names what its format does not have.
+    """
+    _labelled(label)
+    given = targets.split(",") if isinstance(targets, str) else [part for one in targets for part in one.split(",")]
+    names = list(dict.fromkeys(stripped for name in given if (stripped := name.strip())))
+    if not names:
+        raise EdgekitError("no target is named", where="--target", mend="See: edgekit targets")
+    jobs = [Job(one.format, one.precision, label, target=one) for one in map(_fitting, names)]
+    for precision, asked in (("int8", int8), ("fp16", fp16)):
+        if asked and not any(job.precision == precision for job in jobs):
+            said = ", ".join(f"{job.target.name} {job.precision}" for job in jobs if job.target)
+            what = f"the targets say their precision themselves ({said})"
+            raise EdgekitError(what, where=f"--{precision}", mend="Leave it out")
+    twice = {name for job in jobs if sum(other.name == (name := job.name) for other in jobs) > 1}
+    if twice:
+        raise EdgekitError(f"two profiles of one name would make one artifact ({twice.pop()})", where="--target")
+    formats = dict.fromkeys(job.format for job in jobs if job.precision == "int8") if full else ()
+    return [*(Job(format, "fp32", label) for format in formats), *jobs]
+
+
+def _fitting(name: str) -> Target:
+    """A profile whose format can be written here as it says."""
+    target, where = read_target(name), f"--target {name}"
+    _writable(target.format, [target.precision], where)
+    format = FORMATS[target.format]
+    schemes = getattr(format, "SCHEMES", (format.SCHEME,))
+    if target.precision == "int8" and target.scheme not in schemes:
+        what = (
+            f"int8 files of {target.format} are in the scheme {' or '.join(map(repr, schemes))}, not {target.scheme!r}"
+        )
+        raise EdgekitError(what, where=where, mend="Change its key 'scheme'")
+    layout = getattr(format, "LAYOUT", "NCHW")
+    if target.layout != layout:
+        what = f"files of {target.format} take {layout}, not {target.layout}"
+        raise EdgekitError(what, where=where, mend="Change its key 'layout'")
+    return target
+
+
+def _labelled(label: str | None) -> None:
+    if label is not None and (not label or not all(letter.isalnum() or letter in "._" for letter in label)):
+        raise EdgekitError("a label is made of letters, digits, '.' and '_'", where=f"--label {label}")
+
+
+def _writable(name: str, precisions: Sequence[str], where: str) -> None:
+    """Refuse a format that is not written here, or not in these precisions."""
+    known = "Written: " + ", ".join(f"{one} {'/'.join(format.PRECISIONS)}" for one, format in FORMATS.items())
+    if name in LATER:
+        raise EdgekitError(f"{name} is not written by this version", where=where, mend=known)
+    choose(FORMATS, name, "format", where=where)
+    if package := _lacking(name):
+        what = f"{name} needs the package {package}"
+        raise EdgekitError(what, where=where, mend=_install(name), exit_code=ENVIRONMENT)
+    for precision in precisions:
+        if precision not in FORMATS[name].PRECISIONS:
+            raise EdgekitError(f"{name} is not written in {precision} by this version", where=where, mend=known)
 
 
 def _here() -> Iterator[str]:
@@ -186,6 +242,7 @@ def typed(
     control: bool,
     overrides: Sequence[str],
     formats: str | Sequence[str] | None,
+    targets: str | Sequence[str] | None,
     label: str | None,
     force: bool,
 ) -> str:
@@ -197,5 +254,6 @@ def typed(
     typed += ["--sensitivity"] * sensitivity
     typed += ["--robust-drop", f"{100 * robust_drop:g}"] if robust_drop is not None else []
     typed += ["--format", formats if isinstance(formats, str) else ",".join(formats)] if formats is not None else []
+    typed += ["--target", targets if isinstance(targets, str) else ",".join(targets)] if targets else []
     typed += ["--label", label] if label is not None else []
     return shlex.join([*typed, *["--force"] * force])

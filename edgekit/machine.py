@@ -40,6 +40,11 @@ def processor() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
+def vendor() -> str:
+    """Of the processor, as x86 names it: "GenuineIntel"; empty where nothing is said."""
+    return _cpuinfo("vendor_id")
+
+
 def instructions() -> tuple[str, ...]:
     """The instruction sets for 8-bit arithmetic here, the widest first."""
     flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()

@@ -5,7 +5,6 @@ own, weights are int8 constants behind a dequantize_per_channel. It is the form 
 with the integers, scales and zero points of edgekit's own graph.
 """
 
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +123,7 @@ class Program(nn.Module):
         elif kind == "Flatten" and given.get("axis", 1) == 1:
             self._step(lambda x: x.flatten(1), node)
         elif kind == "Max" and self._lowest(node):
-            self._step(operator.pos, node, node.input[0])
+            self._step(torch.positive, node, node.input[0])
         elif kind in _BINARY and len(node.input) == 2:
             self._step(_BINARY[kind], node)
         else:

@@ -155,24 +155,51 @@ def read(path: str | Path, overrides: Iterable[str] = (), seed: int | None = Non
     Raises:
         EdgekitError: no such file, not TOML, or a key that is unknown, of the wrong type or out of range.
     """
-    file = shipped.find(path, "recipes")
-    try:
-        text = file.read_text(encoding="utf-8")
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise EdgekitError(f"not valid TOML: {error}", where=path) from None
-    origin: dict[tuple[str, ...], str] = {}
-    for override in overrides:
-        key, value = split_override(override)
-        _place(document, key, value, override)
-        origin[key] = f"--set {override}"
+    text, document = parse(shipped.find(path, "recipes"), path)
+    origin = _override(document, overrides)
     if seed is not None:
         document["seed"] = seed
         origin[("seed",)] = f"--seed {seed}"
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise _sentence(error, path, text, origin) from None
+        raise sentence(error, path, text, origin) from None
+
+
+def resolve(document: dict[str, Any], overrides: Iterable[str], origin: Mapping[tuple[str, ...], str]) -> Recipe:
+    """A recipe that stands in no file, with overrides; `origin` names the options that its other keys come from.
+
+    Raises:
+        EdgekitError: a key that is unknown, of the wrong type or out of range.
+    """
+    named = {**origin, **_override(document, overrides)}
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise sentence(error, "--set", "", named) from None
+
+
+def _override(document: dict[str, Any], overrides: Iterable[str]) -> dict[tuple[str, ...], str]:
+    """Put overrides into the document; where each of these keys comes from, for people."""
+    origin: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        key, value = split_override(override)
+        _place(document, key, value, override)
+        origin[key] = f"--set {override}"
+    return origin
+
+
+def parse(file: Path, path: str | Path) -> tuple[str, dict[str, Any]]:
+    """The text of a TOML file and what it says; `path` is the file as it was typed.
+
+    Raises:
+        EdgekitError: it is not TOML.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        return text, tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EdgekitError(f"not valid TOML: {error}", where=path) from None
 
 
 def split_override(override: str) -> tuple[tuple[str, ...], Any]:
@@ -198,9 +225,9 @@ def _place(document: dict[str, Any], key: tuple[str, ...], value: Any, override:
     document[key[-1]] = value
 
 
-def _fields(location: Sequence[str]) -> Iterable[str]:
-    """The keys known in the table at `location`."""
-    table: Any = Recipe
+def _fields(document: type[Table], location: Sequence[str]) -> Iterable[str]:
+    """The keys known in the table at `location` of a document."""
+    table: Any = document
     for part in location:
         annotation = table.model_fields[part].annotation
         table = next((kind for kind in (annotation, *getattr(annotation, "__args__", ())) if _is_table(kind)), None)
@@ -213,17 +240,23 @@ def _is_table(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Table)
 
 
-def _sentence(
-    error: ValidationError, path: str | Path, text: str, origin: Mapping[tuple[str, ...], str]
+def sentence(
+    error: ValidationError,
+    path: str | Path,
+    text: str,
+    origin: Mapping[tuple[str, ...], str],
+    document: type[Table] = Recipe,
+    called: str = "recipe",
 ) -> EdgekitError:
+    """What is wrong with a TOML document: its place, the key, and the nearest one where it is unknown."""
     # An unknown key first: a misspelt key often makes another one missing.
     first = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     named = [str(part) for part in first["loc"] if not str(part).isdigit()]
-    *above, key = named or ["recipe"]
-    table = f"[{'.'.join(above)}]" if above else "the recipe"
+    *above, key = named or [called]
+    table = f"[{'.'.join(above)}]" if above else f"the {called}"
     where = origin.get(tuple(named)) or f"{path}{_line(text, tuple(named))}"
     if first["type"] == "extra_forbidden":
-        return EdgekitError(f"{table} has no key '{key}'", where=where, mend=nearest(key, _fields(above)))
+        return EdgekitError(f"{table} has no key '{key}'", where=where, mend=nearest(key, _fields(document, above)))
     if first["type"] == "missing":
         return EdgekitError(f"{table} needs the key '{key}'", where=where, mend="It has no default")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")

@@ -71,7 +71,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.info().get("status") == "finished"
+        """Whether there is a student: trained to its end, or brought along (imported.py)."""
+        return self.info().get("status") in ("finished", "imported")
 
     def begin(self, recipe: str | Path, plan: Recipe, *, latest: bool) -> None:
         """Record what is to be trained: `plan`, which is `recipe` with every key and override resolved.

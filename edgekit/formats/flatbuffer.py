@@ -1,4 +1,4 @@
-"""TFLite's flatbuffer as objects of its own schema: read, changed where a converter leaves something to say, written."""
+"""TFLite's flatbuffer as objects of its own schema: read, changed where a converter left something out, written."""
 
 import struct
 import warnings

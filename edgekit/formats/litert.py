@@ -1,4 +1,4 @@
-"""LiteRT (TensorFlow Lite): `model.tflite`, NCHW float32 in, logits float32 out; any batch where the file can be resized.
+"""LiteRT (TensorFlow Lite): `model.tflite`, NCHW float32 in, logits float32 out; any batch if it can be resized.
 
 An int8 file is made of edgekit's QDQ graph: as a torch program whose weights stand between a quantize and a dequantize
 on the grid that they lie on already, which is the form that LiteRT's converter folds (its own PT2E quantizer writes
