@@ -1,11 +1,12 @@
-"""Runs an exported artifact on a device with Python, such as a Raspberry Pi; needs numpy, the format's runtime, and no edgekit.
+"""Runs an exported artifact on a device with Python, such as a Raspberry Pi; needs numpy and the runtime, no edgekit.
 
     python classify.py ARTIFACT photo.jpg …          classes with their probabilities (needs pillow)
     python classify.py ARTIFACT --serve PORT         a judge: edgekit verify … --judge tcp://127.0.0.1:PORT
     python classify.py ARTIFACT                      a judge on stdin and stdout: --judge "python classify.py ARTIFACT"
 
 ARTIFACT is the folder with the model file and its artifact.json. `--serve HOST:PORT` listens on another interface than
-loopback: whoever reaches it may ask, nothing is encrypted. Faults are one line on stderr; exit status 2: the input, 4: the machine.
+loopback: whoever reaches it may ask, and nothing is encrypted. A fault is one line on stderr; exit status 2 where it
+lies in the input, 4 in the machine.
 """
 
 import argparse
@@ -33,8 +34,8 @@ class Fault(Exception):
         self.status = status
 
 
-# Formats: (path, threads) -> run, where run takes float32 as the file wants them and gives (N, K) scores, and the number
-# of images that the file takes at once, 0 for any. The settings are those that edgekit opens the file with.
+# Openers: (path, threads) -> what takes float32 images as the file wants them and gives scores (N, K), and how many
+# images the file takes at once, 0 for any number. The settings are those that edgekit opens the file with.
 
 
 def onnx(path, threads):
@@ -58,7 +59,8 @@ def openvino(path, threads):
     return lambda pixels: request.infer([pixels])[0].copy(), 0 if size.is_dynamic else size.get_length()
 
 
-FORMATS = {"onnx": ("model.onnx", onnx), "openvino": ("model.xml", openvino)}
+# Each with the files that it reads, the first of which is opened; whatever else lies in the folder need not be here.
+FORMATS = {"onnx": (onnx, ("model.onnx",)), "openvino": (openvino, ("model.xml", "model.bin"))}
 
 
 def package(name):
@@ -78,17 +80,15 @@ class Model:
     """The artifact of a folder, opened.
 
     Attributes:
-        classes: their names.    shape: (C, H, W) of the images that it takes.    logits: its scores are no probabilities.
+        classes: their names.    shape: (C, H, W) of the images that it takes.
+        logits: its scores are no probabilities.
     """
 
     def __init__(self, folder, threads=0):
         try:
             record = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
-            kind, files, said = (
-                record["format"],
-                {one["path"]: one["sha256"] for one in record["files"]},
-                record["input"],
-            )
+            kind, said = record["format"], record["input"]
+            digests = {one["path"]: one["sha256"] for one in record["files"]}
             self.classes, self.logits = record["classes"], record["outputs"] == "logits"
             shape, self.nhwc = said["shape"][1:], said["layout"] == "NHWC"
             self.shape = (shape[2], *shape[:2]) if self.nhwc else tuple(shape)
@@ -104,21 +104,18 @@ class Model:
             raise Fault(f"{folder / 'artifact.json'} asks for a crop that this runner does not know: {crop!r}")
         inside = norm == "inside"
         self.mean, self.std = (None, None) if inside else (channels(norm["mean"]), channels(norm["std"]))
-        for name, sha256 in files.items():
-            path = folder / Path(name).name
+        opener, files = FORMATS[kind]
+        for path in (folder / name for name in files):
             if not path.is_file():
                 raise Fault(f"{path}: the file is missing")
-            if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-                raise Fault(f"{path} is not the file that was exported: its sha256 is another one")
-        name, opener = FORMATS[kind]
-        if name not in files:
-            raise Fault(f"{folder / 'artifact.json'} names no {name}")
+            if hashlib.sha256(path.read_bytes()).hexdigest() != digests.get(path.name):
+                raise Fault(f"{path} is not the file that was exported: artifact.json has another sha256")
         try:
-            self.run, self.batch = opener(folder / name, threads)
+            self.run, self.batch = opener(folder / files[0], threads)
         except Fault:
             raise
         except Exception as error:  # whatever a runtime raises: its classes have no common base but this
-            raise Fault(f"{folder / name}: its runtime does not take it ({line(error)})") from None
+            raise Fault(f"{folder / files[0]}: its runtime does not take it ({line(error)})") from None
         self.turn = threading.Lock()
 
     def __call__(self, images):
@@ -178,29 +175,27 @@ def classify(model, path, most=5):
     return [(model.classes[place], float(scores[place])) for place in numpy.argsort(-scores, kind="stable")[:most]]
 
 
-# The judge's protocol, all little-endian: N, C, H, W as uint32 and the images as float32 in [0, 1], row by row; the answer
-# is N, K as uint32 and the scores as float32.
+# The judge's protocol, all little-endian: N, C, H, W as uint32 and the images as float32 in [0, 1], row by row; the
+# answer is N, K as uint32 and the scores as float32.
 
 
 def converse(model, reader, writer):
     """Answer requests until the other side closes."""
-    while header := exactly(reader, 16):
-        shape = struct.unpack("<4I", header)
+    while header := reader.read(16):  # buffered: it returns less at the end only
+        shape = struct.unpack("<4I", whole(header, 16))
         size = 4 * math.prod(shape)
         if size > ANNOUNCED:
             raise Fault(f"a request announces {size:,} bytes of images; at most {ANNOUNCED:,} are taken")
         if size:
-            scores = model(numpy.frombuffer(exactly(reader, size), "<f4").reshape(shape))
+            scores = model(numpy.frombuffer(whole(reader.read(size), size), "<f4").reshape(shape))
         else:
             scores = numpy.empty((shape[0], len(model.classes)), numpy.float32)
         writer.write(struct.pack("<2I", *scores.shape) + numpy.ascontiguousarray(scores, "<f4").tobytes())
         writer.flush()
 
 
-def exactly(reader, count):
-    """So many bytes; none where the stream has ended before the first of a header."""
-    data = reader.read(count)  # buffered: it returns less at the end only
-    if len(data) < count and (data or count > 16):
+def whole(data, count):
+    if len(data) < count:
         raise Fault(f"a request is cut short ({len(data):,} of {count:,} bytes)")
     return data
 
