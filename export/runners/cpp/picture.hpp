@@ -1,5 +1,6 @@
-// A picture of a PPM or PGM file (8 bits), cropped to the middle and resized: bit for bit as pillow's ImageOps.fit does
-// it with its bicubic filter, which edgekit's own images went through.
+// A picture of a PPM or PGM file (8 bits), cropped to the middle and resized as pillow's ImageOps.fit does it with its
+// bicubic filter, which edgekit's own images went through. Rows come first here; where pillow begins with columns, as
+// some versions do for tall pictures, a value may differ by 1 of 255.
 #pragma once
 #include <algorithm>
 #include <cctype>
@@ -70,7 +71,7 @@ inline Picture with_channels(const Picture& picture, int channels) {
     return made;
 }
 
-// One direction of pillow's resize (src/libImaging/Resample.c): `out` pixels of [low, high) of each row, in fixed point.
+// One direction of pillow's resize (Resample.c): `out` pixels of [low, high) of each row, in fixed point.
 inline Picture resize_rows(const Picture& picture, float low, float high, int out) {
     const int in = picture.width, bits = 32 - 8 - 2;
     const double scale = (high - low) / out, wide = std::max(scale, 1.0), support = 2 * wide;
@@ -120,7 +121,7 @@ inline Picture fit(const Picture& picture, int height, int width) {
     if (live > wanted) crop_width = wanted * picture.height;
     if (live < wanted) crop_height = picture.width / wanted;
     const double left = (picture.width - crop_width) * 0.5, top = (picture.height - crop_height) * 0.5;
-    // Its box is kept in 32 bits.
+    // The box is kept in 32 bits there.
     const Picture wide = resize_rows(picture, float(left), float(left + crop_width), width);
     return turned(resize_rows(turned(wide), float(top), float(top + crop_height), height));
 }
