@@ -90,7 +90,7 @@ def page(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         assert server.stdout
         link = server.stdout.readline().split()[-1]
         with Tab(tmp_path_factory.mktemp("profile"), link) as tab:
-            tab.wait("document.getElementById('judge').textContent.startsWith('Connected')")
+            tab.wait("document.getElementById('judge')?.textContent.startsWith('Connected')")
             yield Open(tab, link, server.stdout.readline().split()[-1])
 
 
