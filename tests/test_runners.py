@@ -30,6 +30,7 @@ from edgekit.recipe import read
 RUNNERS = Path(__file__).parents[1] / "export" / "runners"
 CLASSIFY = RUNNERS / "python" / "classify.py"
 WEB = HOME / f"wasm-{processors.WEB}" / "package" / "dist"
+CONNECTED = "document.getElementById('judge')?.textContent.startsWith('Connected')"
 SAMPLES = 10
 
 
@@ -43,9 +44,7 @@ def artifacts(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def openvino(artifacts: Path) -> Path:
-    pytest.importorskip("openvino")
-    edgekit.export(artifacts.parent, formats="openvino")
-    return artifacts / "openvino-fp32"
+    return written(artifacts, "openvino", "openvino")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def page(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         assert server.stdout
         link = server.stdout.readline().split()[-1]
         with Tab(tmp_path_factory.mktemp("profile"), link) as tab:
-            tab.wait("document.getElementById('judge')?.textContent.startsWith('Connected')")
+            tab.wait(CONNECTED)
             yield Open(tab, link, server.stdout.readline().split()[-1])
 
 
@@ -108,6 +107,15 @@ def running(words: list[Any]) -> Iterator[subprocess.Popen[str]]:
             yield program
         finally:
             program.kill()
+
+
+def written(artifacts: Path, format: str, package: str) -> Path:
+    """The fp32 artifact of a format."""
+    if format not in FORMATS:
+        pytest.skip(f"{format} is not written by this version")
+    pytest.importorskip(package)
+    edgekit.export(artifacts.parent, formats=format)
+    return artifacts / f"{format}-fp32"
 
 
 def local(folder: Path) -> Any:
@@ -169,11 +177,14 @@ def python(folder: Path) -> list[object]:
     return [sys.executable, "-I", CLASSIFY, folder]
 
 
-@pytest.mark.parametrize("name", ["onnx-int8", "openvino-fp32"])
+@pytest.mark.parametrize(
+    ("format", "package"),
+    [("onnx", ""), ("openvino", "openvino"), ("litert", "ai_edge_litert"), ("ncnn", "ncnn")],
+)
 def test_python_answers_and_classifies_as_the_file_does_here(
-    name: str, artifacts: Path, images: Tensor, picture: Path, request: pytest.FixtureRequest
+    format: str, package: str, artifacts: Path, images: Tensor, picture: Path
 ):
-    folder = request.getfixturevalue("openvino") if name.startswith("openvino") else artifacts / name
+    folder = written(artifacts, format, package) if package else artifacts / "onnx-int8"
     with judge.connect(" ".join(map(str, [*python(folder), "--threads", 1]))) as asked:
         assert asked(images).equal(local(folder)(images))
         assert asked(images[:0]).shape == (0, 10)
@@ -308,6 +319,16 @@ def test_the_page_classifies_a_picture_and_fits_a_phone(page: Open, artifacts: P
         page.tab.ask("Emulation.setDeviceMetricsOverride", **size)
         assert page.tab.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
     assert page.tab.evaluate("document.getElementById('fault').textContent") == ""
+
+
+def test_a_page_that_is_closed_judges_no_more_until_it_is_opened_again(page: Open, artifacts: Path, images: Tensor):
+    page.tab.ask("Page.navigate", url="about:blank")
+    with judge.connect(page.judge) as asked, pytest.raises(edgekit.EdgekitError, match="closed the connection"):
+        asked(images)
+    page.tab.ask("Page.navigate", url=page.link.partition("?")[0])
+    page.tab.wait(CONNECTED)
+    with judge.connect(page.judge) as asked:
+        assert asked(images).allclose(local(artifacts / "onnx-int8")(images), atol=1e-5)
 
 
 def test_the_page_as_a_judge_gives_the_local_verdict(

@@ -109,19 +109,22 @@ class Page:
     """The page that is open now, as a judge; a newer one takes its place."""
 
     def __init__(self):
-        self.turn, self.socket, self.answers = threading.Lock(), None, queue.Queue()
+        self.turn = threading.Lock()
+        self.open = None  # (WebSocket, the queue of its answers)
 
     def stay(self, connection):
         """Pass on what the page answers until it goes away."""
-        answers = queue.Queue()
-        self.socket, self.answers = connection, answers
+        before, answers = self.open, queue.Queue()
+        self.open = connection, answers
+        if before:
+            before[1].put(None)  # who waits for the older page waits in vain
         try:
             while True:
                 answers.put(connection.receive())
         except Gone:
             answers.put(None)
-            if self.socket is connection:
-                self.socket = None
+            if self.open == (connection, answers):
+                self.open = None
 
     def ask(self, shape, pixels):
         """Bytes of float32 pixels -> (K, bytes of float32 scores); few images at a time.
@@ -140,9 +143,9 @@ class Page:
         return classes, scores
 
     def _ask(self, part, shape, pixels):
-        connection, answers = self.socket, self.answers
-        if connection is None:
-            raise Fault("no page is open: open the link again, or restart serve.py for a new one")
+        if self.open is None:
+            raise Fault("no page is open: reload it in the browser that opened the link")
+        connection, answers = self.open
         try:
             connection.send(struct.pack("<4I", part, *shape[1:]) + pixels)
             answer = answers.get(timeout=SECONDS)

@@ -59,17 +59,63 @@ def openvino(path, threads):
     return lambda pixels: request.infer([pixels])[0].copy(), 0 if size.is_dynamic else size.get_length()
 
 
+def litert(path, threads):
+    runtime = package("ai_edge_litert.interpreter", "ai-edge-litert")
+    interpreter = runtime.Interpreter(model_path=str(path), num_threads=threads or None)
+    interpreter.allocate_tensors()
+    first, last = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+    held = [int(first["shape"][0])]
+
+    def run(pixels):
+        if len(pixels) != held[0]:
+            interpreter.resize_tensor_input(first["index"], list(pixels.shape))
+            interpreter.allocate_tensors()
+            held[0] = len(pixels)
+        interpreter.set_tensor(first["index"], pixels)
+        interpreter.invoke()
+        return interpreter.get_tensor(last["index"])
+
+    return run, fixed(int(first["shape_signature"][0]))
+
+
+def ncnn(path, threads):
+    runtime = package("ncnn")
+    net = runtime.Net()
+    for name in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_packed", "bf16_storage", "vulkan_compute"):
+        setattr(net.opt, f"use_{name}", False)
+    if threads:
+        net.opt.num_threads = threads
+    if net.load_param(str(path)) or net.load_model(str(path.with_suffix(".bin"))):
+        raise Fault(f"{path}: ncnn does not take it")
+
+    def run(pixels):
+        extractor = net.create_extractor()
+        # A copy: ncnn lets each channel begin at a multiple of 16 bytes.
+        extractor.input(net.input_names()[0], runtime.Mat(pixels[0]).clone())
+        failed, answer = extractor.extract(net.output_names()[0])
+        if failed:
+            raise Fault("ncnn does not get to the end of the file")
+        return numpy.array(answer).reshape(1, -1)
+
+    return run, 1
+
+
 # Each with the files that it reads, the first of which is opened; whatever else lies in the folder need not be here.
-FORMATS = {"onnx": (onnx, ("model.onnx",)), "openvino": (openvino, ("model.xml", "model.bin"))}
+FORMATS = {
+    "onnx": (onnx, ("model.onnx",)),
+    "openvino": (openvino, ("model.xml", "model.bin")),
+    "litert": (litert, ("model.tflite",)),
+    "ncnn": (ncnn, ("model.param", "model.bin")),
+}
 
 
-def package(name):
+def package(name, distribution=None):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if error.name != name.split(".")[0]:  # installed but broken: the real fault must show
             raise
-        raise Fault(f"{name} is not installed. Run: pip install {name}", 4) from None
+        raise Fault(f"{name} is not installed. Run: pip install {distribution or name}", 4) from None
 
 
 def fixed(size):
@@ -149,7 +195,7 @@ def line(error):
 
 def read(path, shape):
     """A picture as (1, C, H, W) float32 in [0, 1]: upright, its middle, resized as edgekit does it."""
-    package("PIL")
+    package("PIL", "pillow")
     from PIL import Image, ImageOps
 
     count, height, width = shape
