@@ -1,5 +1,6 @@
 """What runs on a device with no edgekit: the same answers and verdict as here, and one sentence for what is wrong."""
 
+import http.client
 import os
 import re
 import shutil
@@ -7,8 +8,6 @@ import socket
 import struct
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -291,19 +290,24 @@ def test_what_is_wrong_with_an_artifact_is_one_sentence_in_cpp(cpp: Path, openvi
 def test_the_link_opens_once_and_for_one_browser(page: Open):
     origin = page.link.partition("/?")[0]
     assert page.tab.evaluate("location.href") == f"{origin}/"  # the key has left the address bar
-    for path in (page.link, f"{origin}/", f"{origin}/model.onnx", f"{origin}/judge"):
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(path, timeout=20)
     port = int(origin.rpartition(":")[2])
+
+    def status(path: str, headers: dict[str, str]) -> int:
+        wire = http.client.HTTPConnection("127.0.0.1", port, timeout=20)  # it follows no redirection
+        wire.request("GET", path, headers=headers)
+        return wire.getresponse().status
+
+    assert {status(path, {}) for path in (page.link.removeprefix(origin), "/", "/model.onnx", "/judge")} == {403}
     listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if " 0A " in line]
     for one in (port, int(page.judge.rpartition(":")[2])):
         assert [local for local in listening if local.endswith(f":{one:04X}")] == [f"0100007F:{one:04X}"]
-    # Another page on this host has the cookie, and not the origin.
-    elsewhere = f"new WebSocket('ws://localhost:{port}/judge')"
-    answer = (
-        f"new Promise(done => {{ const s = {elsewhere}; s.onopen = () => done('open'); s.onerror = () => done('') }})"
-    )
-    assert page.tab.evaluate(answer) == ""
+    # A page of another port of this host would have the cookie, and not the origin.
+    (cookie,) = page.tab.ask("Network.getCookies", urls=[origin])["cookies"]
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+    known = {"Cookie": f"{cookie['name']}={cookie['value']}"}
+    assert status("/", known) == 200
+    foreign = known | {"Origin": "http://127.0.0.1:1", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+    assert status("/judge", foreign) == 400
 
 
 def test_the_page_classifies_a_picture_and_fits_a_phone(page: Open, artifacts: Path, picture: Path):
