@@ -25,6 +25,8 @@ def test_the_wheel_carries_recipes_schemas_and_the_licence(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in ("edgekit/shipped/recipes/mobilenet.toml", "edgekit/schemas/verdict.json", "edgekit/py.typed"):
         assert wanted in names
+    runners = {name.removeprefix("edgekit/shipped/export/runners/") for name in names if "/runners/" in name}
+    assert {"python/classify.py", "cpp/CMakeLists.txt", "browser/index.html", "browser/page.js"} <= runners
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
 
