@@ -86,7 +86,7 @@ def examine() -> dict[str, Any]:
     formats = [f"format:{name}" for name in JUDGED]
     others = [f"processor:{name}" for name in processors.EMULATED]
     packages = [f"package:{name}" for name in floors]
-    outcomes = ask([[*packages, "digits"], ["gpu", "later", *formats], others])
+    outcomes = ask([[*packages, "digits"], ["gpu", *formats], others])
     rows = [
         python(),
         *versions(floors, outcomes),
@@ -95,7 +95,6 @@ def examine() -> dict[str, Any]:
         *disks(),
         gpu(outcomes["gpu"]),
         *(written(name, outcomes[f"format:{name}"], floors) for name in JUDGED),
-        *unwritten(outcomes["later"]),
         *(emulated(name, outcomes[f"processor:{name}"]) for name in processors.EMULATED),
         *datasets(outcomes["digits"]),
     ]
@@ -219,12 +218,6 @@ def gpu(outcome: Outcome) -> Row:
     if outcome.found == "":
         return Row("machine", "gpu", NOT_NEEDED, False, "none that torch computes on; the processor does all")
     return outcome.row("machine", "gpu", needed=False, mend="See what nvidia-smi says; --device cpu does without")
-
-
-def unwritten(outcome: Outcome) -> list[Row]:
-    """The formats that this version of edgekit does not write, whatever is installed."""
-    names = (outcome.found or "").split(",")
-    return [Row("formats", name, NO, False, "not written by this version of edgekit") for name in names if name]
 
 
 def written(name: str, outcome: Outcome, floors: Mapping[str, str]) -> Row:

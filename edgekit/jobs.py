@@ -19,8 +19,6 @@ from edgekit.target import Target
 from edgekit.target import read as read_target
 
 DEFAULT_FORMATS = ("onnx", "torchscript")
-# Names that CLI.md fixes for formats yet to come: whoever types one has misspelt nothing.
-LATER = ()
 
 
 @dataclass(frozen=True)
@@ -165,8 +163,6 @@ def _labelled(label: str | None) -> None:
 def _writable(name: str, precisions: Sequence[str], where: str) -> None:
     """Refuse a format that is not written here, or not in these precisions."""
     known = "Written: " + ", ".join(f"{one} {'/'.join(format.PRECISIONS)}" for one, format in FORMATS.items())
-    if name in LATER:
-        raise EdgekitError(f"{name} is not written by this version", where=where, mend=known)
     choose(FORMATS, name, "format", where=where)
     if package := _lacking(name):
         what = f"{name} needs the package {package}"

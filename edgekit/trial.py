@@ -42,13 +42,6 @@ def digits() -> str:
     return f"{len(load_digits().target):,} images, part of scikit-learn"  # pyright: ignore
 
 
-def later() -> str:
-    """The formats that have a name and are not written yet, separated by commas."""
-    from edgekit.jobs import LATER
-
-    return ",".join(LATER)
-
-
 def gpu() -> str:
     """What the GPU is, once it has computed; "" where there is none.
 
@@ -188,7 +181,6 @@ def processor(name: str) -> str:
 TRIALS: dict[str, Callable[..., str]] = {
     "package": package,
     "digits": digits,
-    "later": later,
     "gpu": gpu,
     "format": format,
     "processor": processor,

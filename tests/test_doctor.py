@@ -23,7 +23,6 @@ from edgekit.artifact import JUDGED
 from edgekit.doctor import NO, NOT_NEEDED, YES, Outcome
 from edgekit.errors import EdgekitError
 from edgekit.formats import FORMATS
-from edgekit.jobs import LATER
 from edgekit.judge import runtime
 
 ROOT = Path(edgekit.__file__).parents[1]
@@ -44,7 +43,7 @@ def rows(document: dict) -> dict[str, dict]:
 
 def fine(lists: list[list[str]]) -> dict[str, Outcome]:
     """`ask` on a machine where all works."""
-    return {word: Outcome("tensorrt,ncnn" if word == "later" else word) for words in lists for word in words}
+    return {word: Outcome(word) for words in lists for word in words}
 
 
 # On this machine ------------------------------------------------------------------------------------------------------
@@ -88,7 +87,6 @@ def test_the_command_prints_a_table_or_one_document(tmp_path: Path):
     assert all(found[name]["works"] == YES for name in working)
     assert found["torch"]["found"] == importlib.metadata.version("torch")
     assert found["arm64"]["mend"] == processors.command(["arm64"])
-    assert [found[name]["found"] for name in LATER] == ["not written by this version of edgekit"] * len(LATER)
     assert not (tmp_path / "none").exists()
     assert list(tmp_path.iterdir()) == []
 
@@ -324,7 +322,7 @@ def test_data_that_recipes_name_and_that_is_not_here_is_no_fault(tmp_path: Path,
         (["package:scipy"], False),
         (["format:torchscript"], False),
         (["digits"], False),
-        (["gpu", "later", "processor:arm64", "processor:wasm"], True),
+        (["gpu", "processor:arm64", "processor:wasm"], True),
     ],
 )
 def test_only_what_the_three_verbs_need_decides_and_every_fault_has_its_mend(
@@ -339,8 +337,8 @@ def test_only_what_the_three_verbs_need_decides_and_every_fault_has_its_mend(
     document = doctor.examine()
     jsonschema.validate(document, SCHEMA)
     assert document["works"] == works
-    faults = [row for row in document["rows"] if row["works"] == NO and "not written" not in row["found"]]
-    assert len(faults) == len(broken) - ("later" in broken)
+    faults = [row for row in document["rows"] if row["works"] == NO]
+    assert len(faults) == len(broken)
     assert all(row["mend"] for row in faults)
 
 

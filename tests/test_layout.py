@@ -11,8 +11,8 @@ ROOT = Path(edgekit.__file__).parent
 # From the top of the house to the bottom: a module may import from below its own line only.
 FLOORS = [
     "__main__", "cli", "doctor", "trial", "exporter", "stock", "jobs", "imported", "inspector", "bencher", "lineup",
-    "quantize", "train", "verifier", "archive", "sweep", "assignment", "looks", "baseline", "elsewhere", "places", "examine",
-    "checks", "crew", "script",
+    "quantize", "train", "verifier", "archive", "sweep", "assignment", "looks", "baseline", "elsewhere", "places",
+    "examine", "checks", "crew", "script",
     "foreign", "report", "methods", "attacks", "twin", "judge", "formats", "qdq_program", "models", "data", "artifact",
     "verdict", "planned", "statistics", "runs", "target", "recipe", "machine", "saturation", "processors", "console",
     "shipped", "classifier", "lite", "ort", "randomness", "files", "errors",
