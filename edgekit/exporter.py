@@ -104,7 +104,8 @@ def export(
         changes = tuple(change for change in changes if change not in given.overrides)
     _asked(any(job.precision == "int8" for job in jobs), sensitivity, robust_drop)
     if robust_drop is not None and any(job.precision == "int8" and job.format != "onnx" for job in jobs):
-        raise EdgekitError("its tries are measured as ONNX files", where="--robust-drop", mend="Say --format onnx")
+        mend = "Say --format onnx" if targets is None else "Name targets whose format is onnx"
+        raise EdgekitError("its tries are measured as ONNX files", where="--robust-drop", mend=mend)
     choose(dict.fromkeys(PTQ, ptq), ptq, "quantization", where="--ptq")
     if qat:
         # Where training is one try of several, the file is named as any other.
