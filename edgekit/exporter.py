@@ -121,7 +121,7 @@ def export(
             "the student is trained already; only keys of the table [qat] can be set", where=f"--set {wrong[0]}"
         )
     student = models.load(place.student, factory=recipe.student.architecture)
-    again = typed(place, fp16, ptq, sensitivity, robust_drop, qat, qat_control, changes, formats, targets, label, force)
+    again = typed(place, fp16, ptq, sensitivity, robust_drop, qat, qat_control, changes, formats, label, force, targets)
     order = Order(place, source, recipe, student, ptq, robust_drop, qat, again, force)
     standing = [_standing(place.artifacts / job.name, order, job) for job in jobs]
     unmeasured = sensitivity and any(

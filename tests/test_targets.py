@@ -166,6 +166,12 @@ def test_options_beside_a_target(here: Path):
         export(targets="desk,desk.toml")
 
 
+def test_the_command_to_continue_names_the_targets():
+    place, asked = runs.Run(Path("runs/a")), (False, "plain", False, None, True, False, (), None, "x", False)
+    said = jobs.typed(place, *asked, targets=["desk", "plain"])
+    assert said == "edgekit export runs/a --int8 --qat --ptq plain --target desk,plain --label x"
+
+
 def test_an_export_for_a_target_records_it_and_its_budget(run: runs.Run, capsys: pytest.CaptureFixture[str]):
     profile("desk")
     document = export(targets="desk", ptq="plain")
