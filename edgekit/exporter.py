@@ -105,7 +105,8 @@ def export(
         changes = tuple(change for change in changes if change not in given.overrides)
     _asked(any(job.precision == "int8" for job in jobs), sensitivity, robust_drop)
     if robust_drop is not None and any(job.precision == "int8" and job.format != "onnx" for job in jobs):
-        raise EdgekitError("its tries are measured as ONNX files", where="--robust-drop", mend="Say --format onnx")
+        mend = "Say --format onnx" if targets is None else "Name targets whose format is onnx"
+        raise EdgekitError("its tries are measured as ONNX files", where="--robust-drop", mend=mend)
     choose(dict.fromkeys(PTQ, ptq), ptq, "quantization", where="--ptq")
     if qat:
         # Where training is one try of several, the file is named as any other.
@@ -121,7 +122,7 @@ def export(
             "the student is trained already; only keys of the table [qat] can be set", where=f"--set {wrong[0]}"
         )
     student = models.load(place.student, factory=recipe.student.architecture)
-    again = typed(place, fp16, ptq, sensitivity, robust_drop, qat, qat_control, changes, formats, targets, label, force)
+    again = typed(place, fp16, ptq, sensitivity, robust_drop, qat, qat_control, changes, formats, label, force, targets)
     order = Order(place, source, recipe, student, ptq, robust_drop, qat, again, force)
     standing = [_standing(place.artifacts / job.name, order, job) for job in jobs]
     unmeasured = sensitivity and any(

@@ -130,14 +130,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
     if not state:
         raise EdgekitError("there are no tensors in it", where=where)
-    return _bare(state), about
+    return state, about
 
 
-def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same without what a wrapper put before all names."""
+def _bare(state: dict[str, Tensor], asked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same without what wrappers put before all names, until some are those of the architecture."""
+    known = {*asked, *(f"body.{name}" for name in asked)}
     for prefix in _WRAPPERS:
-        if all(name.startswith(prefix) for name in state):
-            return _bare({name.removeprefix(prefix): value for name, value in state.items()})
+        if known.isdisjoint(state) and all(name.startswith(prefix) for name in state):
+            return _bare({name.removeprefix(prefix): value for name, value in state.items()}, asked)
     return state
 
 
@@ -206,9 +207,14 @@ def _network(
         raise EdgekitError(
             what, where=where, mend=f"Say --size {shape[-1]}" if shape[0] == dataset.input_shape[0] else None
         )
-    mean, std = _normalization(given, state, dataset.input_shape[0])
-    network = models.build(plan.student, dataset.classes, dataset.input_shape, mean, std).eval()
+    channels = dataset.input_shape[0]
+    network = models.build(
+        plan.student, dataset.classes, dataset.input_shape, [0.0] * channels, [1.0] * channels
+    ).eval()
     asked = network.body.state_dict()
+    state = _bare(state, asked)
+    for buffer, values in zip((network.mean, network.std), _normalization(given, state, channels), strict=True):
+        buffer.copy_(torch.tensor(values).view_as(buffer))
     # edgekit's own files hold the network with its normalization, others what is its body here.
     inside = {name.removeprefix("body."): value for name, value in state.items() if name.startswith("body.")}
     own = {name: value for name, value in (inside or state).items() if name not in ("mean", "std")}

@@ -238,9 +238,9 @@ def typed(
     control: bool,
     overrides: Sequence[str],
     formats: str | Sequence[str] | None,
-    targets: str | Sequence[str] | None,
     label: str | None,
     force: bool,
+    targets: str | Sequence[str] | None = None,
 ) -> str:
     """The command that asks for the same."""
     typed = ["edgekit", "export", str(place.folder), "--int8", *["--fp16"] * fp16]

@@ -151,9 +151,19 @@ def test_options_beside_a_target(here: Path):
         export(targets=" ,")
     with pytest.raises(EdgekitError, match="--sensitivity: is about an int8 file"):
         export(targets="plain", sensitivity=True)
+    if "openvino" in FORMATS and jobs.find_spec("openvino"):
+        profile("gateway", ('"onnx"', '"openvino"'))
+        with pytest.raises(EdgekitError, match=r"--robust-drop: its tries .*\. Name targets whose format is onnx"):
+            export(targets="gateway", robust_drop=0.01)
     (here / "desk.toml").write_text(PROFILE)
     with pytest.raises(EdgekitError, match=r"two profiles of one name would make one artifact \(onnx-int8-desk\)"):
         export(targets="desk,desk.toml")
+
+
+def test_the_command_to_continue_names_the_targets():
+    place, asked = runs.Run(Path("runs/a")), (False, "plain", False, None, True, False, (), None, "x", False)
+    said = jobs.typed(place, *asked, targets=["desk", "plain"])
+    assert said == "edgekit export runs/a --int8 --qat --ptq plain --target desk,plain --label x"
 
 
 def test_an_export_for_a_target_records_it_and_its_budget(run: runs.Run, capsys: pytest.CaptureFixture[str]):

@@ -152,6 +152,28 @@ def test_a_student_of_edgekit_says_itself_what_it_is(here: Path):
         imported.bring(Given(Path("code.safetensors"), data="digits"))
 
 
+class Named(nn.Module):
+    """All its names begin as a wrapper's would."""
+
+    def __init__(self, classes: int, channels: int) -> None:
+        super().__init__()
+        self.model = small(classes, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def test_names_that_look_like_a_wrappers_stay(here: Path, elsewhere: nn.Module):
+    state = {f"model.{name}": value for name, value in elsewhere.state_dict().items()}
+    for wrapped in (state, {f"module.{name}": value for name, value in state.items()}):
+        save_file(wrapped, "net.safetensors")
+        run = imported.bring(given("net.safetensors", model=f"{__name__}:Named"))
+        images = DIGITS.test.floats()[:20]
+        with torch.no_grad():
+            answered = models.load(run.student, factory=f"{__name__}:Named")(images)
+            torch.testing.assert_close(answered, elsewhere((images - MEAN) / STD), rtol=1e-4, atol=1e-4)
+
+
 def spoilt(state: dict[str, Tensor], name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     return {key: change(value).contiguous() if key == name else value for key, value in state.items()}
 
