@@ -134,3 +134,18 @@ def test_averages_round_as_in_the_runtime(tmp_path: Path, name: str, kind: type)
     (marked,) = [step.attributes["fused"] for step in copy.steps if step.type == "AveragePool"]
     assert marked is (fused or kind is numpy.uint8)
     assert copy(images).isclose(runtime(path, images), atol=1e-6).all()
+
+
+@pytest.mark.parametrize("transformation", ["half_pixel", "align_corners", "asymmetric", "pytorch_half_pixel"])
+@pytest.mark.parametrize("factor", [2.0, 1.5, 0.75])
+def test_bilinear_integers_round_as_in_the_runtime(tmp_path: Path, transformation: str, factor: float) -> None:
+    held: dict[str, Any] = {"step": numpy.float32(0.05), "zero": numpy.int8(3), "none": numpy.zeros(0, numpy.float32)}
+    held["factors"] = numpy.array([1, 1, factor, factor], numpy.float32)
+    resize = node(
+        "Resize", ["real", "none", "factors"], ["large"], mode="linear", coordinate_transformation_mode=transformation
+    )
+    path = save(
+        tmp_path / "it.onnx", [*grids("x", "real"), resize, *grids("large", "y")], held, shape=("n", 4, 8, 8), opset=13
+    )
+    images = torch.from_numpy(2 * draw(8, 4, 8, 8))
+    assert twin.open(path)(images).isclose(runtime(path, images), atol=1e-6).all()

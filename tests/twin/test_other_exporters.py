@@ -173,7 +173,7 @@ def judged(verdict: dict, name: str) -> None:
     ("name", "found"),
     [
         ("paddle-attention-17", "NCHW, 16 x 16, in [0, 1]"),
-        ("tf2onnx-lite-int8-mobilenet-13", "NHWC, 32 x 32, in [0, 1]"),
+        ("tf2onnx-qat-13", "NHWC, 32 x 32, in [0, 1]"),
     ],
 )
 def test_it_is_verified_with_nothing_said_of_it(
