@@ -51,7 +51,7 @@ class Pair:
     def scores(self, images: Tensor) -> Tensor:
         """What the runtime says, logarithms where that is probabilities, (N, 10)."""
         eaten = self.port.eat(images).contiguous()
-        batch = self.copy.raw.batch or len(images)  # pyright: ignore[reportAttributeAccessIssue]
+        batch = self.copy.raw.batch or len(images)  # pyright: ignore
         answers = torch.cat(
             [runtime(self.path, some.round() if self.port.element == "uint8" else some) for some in eaten.split(batch)]
         )
@@ -130,7 +130,7 @@ def test_the_gradients_of_a_float_file_are_differences(name: str) -> None:
     # Of so many pixels some drive a ReLU or a maximum across its border, however small the step.
     theirs = expected(one.scores, images, 2e-4)
     assert (found - theirs).norm() < 0.1 * theirs.norm()
-    one.copy.raw.double()  # pyright: ignore[reportAttributeAccessIssue]
+    one.copy.raw.double()  # pyright: ignore
     own = expected(one.twin, images.double(), 1e-5)
     assert (found - own).norm() < 0.03 * own.norm()
     assert (found - own).abs().median() < 0.005 * own.abs().median()
