@@ -123,6 +123,20 @@ def test_a_loss_that_sees_through_the_mask_is_not_flagged(net) -> None:
     assert checks.share(one.outcome.robust) <= robust_accuracy(as_file(net), net) + 0.02
 
 
+@pytest.mark.parametrize("mask", [coarse_logits, two_bits])
+def test_a_mask_is_flagged_under_the_default_suite(net, mask) -> None:
+    hidden = mask(net)
+    found = scrutinize(evidence(as_file(hidden), {"twin": hidden}, "deployed"))
+    assert {"gradients_reach_the_input", "gradient_free_is_weaker", "steps_increase_loss"} <= failed(found)
+
+
+def test_the_default_suite_sees_through_a_saturated_softmax(net) -> None:
+    hidden = saturated(net)
+    one = evidence(as_file(hidden), {"twin": hidden}, "deployed")
+    assert failed(scrutinize(one)) == set()
+    assert checks.share(one.outcome.robust) <= robust_accuracy(as_file(net), net)
+
+
 def test_straight_through_gradients_reach_what_is_known_of_two_bits(net) -> None:
     hidden, copy = two_bits(net), two_bits(net, straight_through=True)
     one = evidence(as_file(hidden), {"float": net, "twin": copy}, "pgd20,pgd20-margin,square300")

@@ -58,14 +58,44 @@ def _resized(node: Node, value: Value, scales: Any, sizes: Any, axes: Any) -> Va
     if transformation not in _COORDINATES or mode not in ("nearest", "linear", "cubic"):
         raise node.error(f"there is no rule for the mode '{mode}' with '{transformation}' here")
     lengths = extent(value)
+    changes: dict[int, tuple[int, int, float]] = {}
     for place, axis in enumerate(axes):
         old = lengths[axis]
         new = sizes[place] if sizes is not None else math.floor(old * scales[place])
         scale = scales[place] if sizes is None else new / old
-        if new == old and scale == 1:
-            continue
-        value = _along(node, value, axis % len(lengths), (old, new, scale))
+        if new != old or scale != 1:
+            changes[axis % len(lengths)] = (old, new, scale)
+    if mode == "linear" and isinstance(value, Grid) and list(changes) == [2, 3] and not node.get("antialias", 0):
+        return _bilinear(node, value.real(), changes[2], changes[3])
+    for axis, change in changes.items():
+        value = _along(node, value, axis, change)
     return value
+
+
+def _bilinear(node: Node, x: Tensor, rows: tuple[int, int, float], columns: tuple[int, int, float]) -> Tensor:
+    """Of integers on a grid: the four terms in ONNX Runtime's order, as ties between two integers are the rule here."""
+    key = ("bilinear", rows, columns)
+    if key not in node.memo:
+        node.memo[key] = [_neighbours(node, *change) for change in (rows, columns)]
+    vertical, horizontal = ([part.to(x.device) for part in half] for half in node.memo[key])
+    (above, below, dy2, dy1), (left, right, dx2, dx1) = vertical, horizontal
+    upper, lower = x.index_select(2, above), x.index_select(2, below)
+    terms = [
+        (across * down[:, None]).to(x.dtype) * line.index_select(3, side)
+        for line, down in ((upper, dy2), (lower, dy1))
+        for across, side in ((dx2, left), (dx1, right))
+    ]
+    return terms[0] + terms[1] + terms[2] + terms[3]
+
+
+def _neighbours(node: Node, old: int, new: int, scale: float) -> list[Tensor]:
+    """Of each new place the old ones before and behind, and the shares of both, float32."""
+    places = _places(node, old, new, scale).astype(numpy.float32).clip(0, old - 1)
+    before = places.astype(numpy.int64)
+    behind = (before + 1).clip(max=old - 1)
+    first, second = numpy.abs(places - behind), numpy.abs(places - before)
+    first[before == behind] = second[before == behind] = 0.5
+    return [torch.from_numpy(part) for part in (before, behind, first, second)]
 
 
 def _along(node: Node, value: Value, axis: int, resized: tuple[int, int, float]) -> Value:

@@ -75,7 +75,8 @@ def test_a_suite_stands_for_its_attacks_and_overlaps_are_run_once() -> None:
     assert names("autoattack") == ["apgd100", "apgdt100", "fab100", "square5000"]
     assert names("rslad") == ["fgsm", "pgd20@2/255", "pgd20@0.003", "pgd30-margin", *names("autoattack")]
     assert names("square5000,autoattack") == ["square5000", "apgd100", "apgdt100", "fab100"]
-    assert names("deployed,pgd20") == names("deployed")
+    assert names("deployed") == ["pgd20-margin", "apgdt10", "nes500"]
+    assert names("deployed,apgdt10") == names("deployed")
     assert all(names(suite) for suite in SUITES)
 
 

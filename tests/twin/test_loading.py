@@ -1,4 +1,4 @@
-"""Float weights between grids: the runtime rounds them as it loads the file, and so does the twin."""
+"""What the runtime changes as it loads a file, and so does the twin: float weights between grids, signed averages."""
 
 from pathlib import Path
 from typing import Any
@@ -83,3 +83,69 @@ def test_weights_that_are_integers_stay_and_their_bias_is_rounded(tmp_path: Path
     assert copy(images).equal(runtime(path, images))
     (grid,) = (value for name, value in copy.constants.items() if "bias" in name and name.endswith("rounded"))
     assert grid.centred.count_nonzero() == 0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def grids(value: str, made: str, step: str = "step", zero: str = "zero") -> list[NodeProto]:
+    """QuantizeLinear and DequantizeLinear of `value`."""
+    return [
+        node("QuantizeLinear", [value, step, zero], [f"{made}/integers"]),
+        node("DequantizeLinear", [f"{made}/integers", step, zero], [made]),
+    ]
+
+
+TURNED = [
+    node("QuantizeLinear", ["mean", "other", "middle"], ["integers"]),
+    node("Transpose", ["integers"], ["turned"], perm=[0, 2, 3, 1]),
+    node("DequantizeLinear", ["turned", "other", "middle"], ["y"]),
+]
+# name -> what reads the pool's input "real" and its output "mean"; whether signed pools are run on integers there
+AVERAGES: dict[str, tuple[list[NodeProto], bool]] = {
+    "alone": (grids("mean", "y", "other", "middle"), True),
+    "input read twice": (
+        [
+            *grids("mean", "back", "other", "middle"), node("GlobalMaxPool", ["real"], ["largest"]),
+            node("Add", ["back", "largest"], ["y"]),
+        ],
+        False,
+    ),
+    "both read twice": (
+        [
+            *grids("mean", "back", "other", "middle"), node("GlobalMaxPool", ["real"], ["largest"]),
+            node("Add", ["back", "largest"], ["sum"]), node("GlobalMaxPool", ["back"], ["other largest"]),
+            node("Add", ["sum", "other largest"], ["y"]),
+        ],
+        True,
+    ),
+    "integers turned": (TURNED, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [numpy.int8, numpy.uint8])
+@pytest.mark.parametrize("name", AVERAGES)
+def test_averages_round_as_in_the_runtime(tmp_path: Path, name: str, kind: type) -> None:
+    readers, fused = AVERAGES[name]
+    held: dict[str, Any] = {"step": numpy.float32(0.05), "other": numpy.float32(0.04)}
+    held |= {"zero": kind(3), "middle": kind(4)}
+    pads = [0, 0, 1, 1] if fused or kind is numpy.uint8 else [0, 0, 0, 0]  # on floats a padded mean has other last bits
+    pool = node("AveragePool", ["real"], ["mean"], kernel_shape=[4, 4], strides=[4, 4], pads=pads)
+    path = save(tmp_path / "it.onnx", [*grids("x", "real"), pool, *readers], held, shape=("n", 4, 16, 16), opset=13)
+    images = torch.from_numpy(2 * draw(8, 4, 16, 16))
+    copy = twin.open(path)
+    (marked,) = [step.attributes["fused"] for step in copy.steps if step.type == "AveragePool"]
+    assert marked is (fused or kind is numpy.uint8)
+    assert copy(images).isclose(runtime(path, images), atol=1e-6).all()
+
+
+@pytest.mark.parametrize("transformation", ["half_pixel", "align_corners", "asymmetric", "pytorch_half_pixel"])
+@pytest.mark.parametrize("factor", [2.0, 1.5, 0.75])
+def test_bilinear_integers_round_as_in_the_runtime(tmp_path: Path, transformation: str, factor: float) -> None:
+    held: dict[str, Any] = {"step": numpy.float32(0.05), "zero": numpy.int8(3), "none": numpy.zeros(0, numpy.float32)}
+    held["factors"] = numpy.array([1, 1, factor, factor], numpy.float32)
+    resize = node(
+        "Resize", ["real", "none", "factors"], ["large"], mode="linear", coordinate_transformation_mode=transformation
+    )
+    path = save(
+        tmp_path / "it.onnx", [*grids("x", "real"), resize, *grids("large", "y")], held, shape=("n", 4, 8, 8), opset=13
+    )
+    images = torch.from_numpy(2 * draw(8, 4, 8, 8))
+    assert twin.open(path)(images).isclose(runtime(path, images), atol=1e-6).all()
