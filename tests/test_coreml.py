@@ -242,8 +242,12 @@ def test_it_is_judged_where_it_runs(whole: tuple[runs.Run, dict[str, Any]]):
         with pytest.raises(EdgekitError, match=LACKED) as caught:
             what()
         assert caught.value.exit_code == 4
+    with pytest.raises(
+        EdgekitError, match=r"judge\.serve model\.mlpackage/Data/com\.apple\.CoreML/model\.mlmodel; then"
+    ):
+        judge.open(written)
     # The folder that the package is in stands for it, also by the package's own name.
-    for what in (written.folder, written.folder / "model.mlpackage", written.path):
+    for what in (written.folder, written.folder / "model.mlpackage"):
         with pytest.raises(EdgekitError, match=rf"nothing could run here .*{LACKED}.*--judge") as caught:
             verify(what, attack="pgd5", samples=20)
         assert caught.value.exit_code == 4
