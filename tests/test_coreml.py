@@ -242,9 +242,7 @@ def test_it_is_judged_where_it_runs(whole: tuple[runs.Run, dict[str, Any]]):
         with pytest.raises(EdgekitError, match=LACKED) as caught:
             what()
         assert caught.value.exit_code == 4
-    with pytest.raises(
-        EdgekitError, match=r"judge\.serve model\.mlpackage/Data/com\.apple\.CoreML/model\.mlmodel; then"
-    ):
+    with pytest.raises(EdgekitError, match=r"judge\.serve model\.mlpackage/Data/.*/model\.mlmodel; then"):
         judge.open(written)
     # The folder that the package is in stands for it, also by the package's own name.
     for what in (written.folder, written.folder / "model.mlpackage"):
