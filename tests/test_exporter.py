@@ -378,7 +378,7 @@ def test_named_formats_come_in_fp32_and_in_the_precision_asked_for(again: runs.R
     ("options", "sentence"),
     [
         ({"formats": "onx"}, "there is no format 'onx'. Did you mean 'onnx'?"),
-        ({"formats": "tensorrt"}, "tensorrt is not written by this version. Written: onnx fp32/int8, torchscript fp32"),
+        ({"formats": "ncnn"}, "ncnn is not written by this version. Written: onnx fp32/int8, torchscript fp32"),
         ({"formats": ["onnx", "litert"]}, "litert is not written by this version"),
         ({"formats": []}, "no format is named"),
         ({"formats": ","}, "no format is named"),
