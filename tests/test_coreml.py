@@ -121,13 +121,17 @@ def test_the_package_describes_itself(written: Any):
 def test_coremltools_reads_the_package_as_a_program_for_ios_17(written: Any):
     import coremltools
 
-    spec = coremltools.utils.load_spec(str(coreml.root(written[1]["int8"] / coreml.FILE)))
+    package = coreml.root(written[1]["int8"] / coreml.FILE)
+    before = (package / "Manifest.json").read_bytes()
+    spec = coremltools.utils.load_spec(str(package))
+    assert (package / "Manifest.json").read_bytes() == before  # it is written again by whoever opens it
     assert spec.specificationVersion == 8 and spec.WhichOneof("Type") == "mlProgram"
     (image,), (answer,) = spec.description.input, spec.description.output
     assert image.type.multiArrayType.dataType == answer.type.multiArrayType.dataType
     assert not [key for key in spec.description.metadata.userDefined if "coremltools" in key]
-    manifest = json.loads((coreml.root(written[1]["int8"] / coreml.FILE) / "Manifest.json").read_text())
-    assert manifest["rootModelIdentifier"] in manifest["itemInfoEntries"]
+    manifest = json.loads(before)
+    root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
+    assert root["path"] == "com.apple.CoreML/model.mlmodel"
 
 
 def test_two_exports_are_the_same_bytes(written: Any, tmp_path: Path):
@@ -238,8 +242,10 @@ def test_it_is_judged_where_it_runs(whole: tuple[runs.Run, dict[str, Any]]):
         with pytest.raises(EdgekitError, match=LACKED) as caught:
             what()
         assert caught.value.exit_code == 4
+    with pytest.raises(EdgekitError, match=r"judge\.serve model\.mlpackage/Data/.*/model\.mlmodel; then"):
+        judge.open(written)
     # The folder that the package is in stands for it, also by the package's own name.
-    for what in (written.folder, written.folder / "model.mlpackage", written.path):
+    for what in (written.folder, written.folder / "model.mlpackage"):
         with pytest.raises(EdgekitError, match=rf"nothing could run here .*{LACKED}.*--judge") as caught:
             verify(what, attack="pgd5", samples=20)
         assert caught.value.exit_code == 4

@@ -16,6 +16,7 @@ from edgekit.attacks import ATTACKS, parse
 from edgekit.attacks.campaign import confront
 from edgekit.attacks.norms import NORMS
 from edgekit.classifier import predict
+from edgekit.errors import EdgekitError
 from edgekit.methods.inner import Inner
 from edgekit.methods.rslad import rslad
 from edgekit.methods.trades import trades
@@ -112,3 +113,72 @@ def test_a_run_that_was_interrupted_there_goes_on_there(tmp_path):
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "half" / "run.json").read_text())["device"].startswith("cuda")
     assert [line["epoch"] for line in lines(tmp_path / "half" / "log.jsonl")] == list(range(1, epochs + 1))
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from edgekit import quantize
+    from edgekit.formats import onnx, tensorrt
+
+    pytest.importorskip(tensorrt._MODULE)
+    student, folder = network(), tmp_path_factory.mktemp("engines")
+    for precision in tensorrt.PRECISIONS:
+        (folder / precision).mkdir()
+        model = onnx.lower(student)
+        if precision == "int8":
+            model = quantize.quantize(model, photos(64), quantize.SCHEMES["symmetric"]).model
+        tensorrt.write_model(model, folder / precision, {}, precision)
+    return folder
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", 1e-4), ("fp16", 0.02), ("int8", 0.2)])
+def test_a_tensorrt_engine_answers_as_its_graph(engines: Path, precision: str, allowed: float):
+    from edgekit import judge
+    from edgekit.formats import onnx, tensorrt
+
+    assert tensorrt.lacking() is None
+    images = photos(100)  # more than a batch of its profile
+    path = engines / precision / tensorrt.FILE
+    if precision == "int8":
+        expected = onnx.open(path.with_name("twin.onnx"), threads=1, optimization="none")(images)
+    else:
+        expected = predict(network(), images)
+    spread = (expected.max() - expected.min()).item()
+    opened = tensorrt.open(path)
+    answered = opened(images)
+    assert answered.device.type == "cpu" and answered.dtype == torch.float32
+    assert (answered - expected).abs().max() < allowed * spread
+    there = opened(images[:7].cuda())
+    assert there.device.type == "cuda" and (there.cpu() - expected[:7]).abs().max() < allowed * spread
+    assert opened(images[:0]).shape == (0, 10)
+    isolated = judge.open(path, trust=True)  # in a child, as verify does
+    assert torch.allclose(isolated(images[:9]), answered[:9], atol=1e-3 * spread)
+    with pytest.raises(EdgekitError, match="takes images of the shape"):
+        opened(torch.zeros(1, 3, 8, 8))
+
+
+def test_a_damaged_engine_is_one_sentence_there_too(engines: Path, tmp_path: Path):
+    from edgekit.formats import tensorrt
+
+    data = bytearray((engines / "fp32" / tensorrt.FILE).read_bytes())
+    data[64:4096] = bytes(4032)
+    (tmp_path / tensorrt.FILE).write_bytes(data)
+    with pytest.raises(EdgekitError, match="TensorRT does not take the file"):
+        tensorrt.open(tmp_path / tensorrt.FILE)
+
+
+def test_a_run_exports_engines_that_are_compared_and_verified(tmp_path: Path):
+    from edgekit.formats import tensorrt
+
+    pytest.importorskip(tensorrt._MODULE)
+    (tmp_path / "tiny.toml").write_text(TINY)
+    for arguments in (
+        ["distill", "tiny.toml"],
+        ["export", "--int8", "--fp16", "--format", "tensorrt", "--ptq", "plain", "--json"],
+        ["verify", "--attack", "pgd5", "--samples", "50", "--json"],
+    ):
+        done = command(*arguments, cwd=tmp_path)
+        assert done.returncode in (0, 1, 3), done.stderr
+    judged = json.loads(done.stdout)["artifacts"]
+    assert {one["name"] for one in judged} == {"tensorrt-fp32", "tensorrt-int8", "tensorrt-fp16"}
+    assert not any(one["verdict"] == "not_run" for one in judged)

@@ -274,6 +274,17 @@ def _flatten(graph: Written, node: "NodeProto") -> Any:
     return graph.add("reshape", node, x=x, shape=[1, math.prod(x.shape[1:])])
 
 
+def _reshape(graph: Written, node: "NodeProto") -> Any:
+    x, asked = graph.values[node.input[0]], graph.arrays.get(node.input[1])
+    if asked is None:
+        raise EdgekitError("a Reshape to a size that is computed is not written for Core ML", where=RUNTIME)
+    copied = not _attributes(node).get("allowzero", 0)  # where a 0 stands for the size that there is
+    sizes = [x.shape[place] if size == 0 and copied else size for place, size in enumerate(asked.tolist())]
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = math.prod(x.shape) // -math.prod(sizes)
+    return graph.add("reshape", node, x=x, shape=sizes)
+
+
 def _max_pool(graph: Written, node: "NodeProto") -> Any:
     about = _attributes(node)
     sizes = about["kernel_shape"]
@@ -346,6 +357,7 @@ _OPERATORS: dict[str, Callable[[Written, "NodeProto"], Any]] = {
     "MaxPool": _max_pool,
     "QuantizeLinear": _quantize,
     "ReduceMean": _mean,
+    "Reshape": _reshape,
     "Relu": lambda graph, node: graph.add("relu", node, x=graph.values[node.input[0]]),
     "Sub": _pair("x", "y", "sub"),
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from edgekit import processors
-from edgekit.artifact import Artifact
+from edgekit.artifact import JUDGED, Artifact
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import ENVIRONMENT, EdgekitError, choose
 from edgekit.formats import FORMATS, lacking
@@ -200,7 +200,7 @@ def _format(path: Path, format: str | None, trust: bool) -> str:
             f"opening {CODE[format]} can run code of the file", where=path, mend="Trust it: --trust-file"
         )
     if (missing := lacking(format)) is not None:
-        serving = f"python -m edgekit.judge.serve {path.name}" + " --trust-file" * (format in CODE)
+        serving = f"python -m edgekit.judge.serve {JUDGED[format]}" + " --trust-file" * (format in CODE)
         raise EdgekitError(
             f"{RUNTIMES[format]} needs {missing}, which is not here",
             where=path,

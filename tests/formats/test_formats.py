@@ -13,7 +13,7 @@ import torch
 from networks import network, photos
 
 from edgekit.errors import EdgekitError
-from edgekit.formats import FORMATS
+from edgekit.formats import FORMATS, lacking
 from edgekit.formats import onnx as onnx_format
 
 NAMES = ["ä\n", '"b"', "c"] + ["d"] * 7
@@ -23,7 +23,11 @@ METADATA = {
     "outputs": "logits",
     "edgekit": "0",
 }
-HERE = [name for name, format in FORMATS.items() if all(find_spec(package) for package in format.PACKAGES)]
+HERE = [
+    name
+    for name, format in FORMATS.items()
+    if lacking(name) is None and all(find_spec(package) for package in format.PACKAGES)
+]
 FILES = [
     ("onnx", "model.onnx"),
     ("torchscript", "model.pt"),
