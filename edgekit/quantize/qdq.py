@@ -27,6 +27,7 @@ from edgekit.quantize.weights import weigh
 
 _WEIGHTED = ("Conv", "Gemm")
 BEFORE = "it works on the image or on constants alone"
+FLOATS = "the runtime has floats there"  # whatever the file says: Scheme.only
 _MOVING = ("Flatten", "Reshape", "MaxPool")  # hand integers on as they are: input and output share one scale
 
 
@@ -38,7 +39,7 @@ class Quantized:
         model: the QDQ graph.
         calibration: artifact.json's record.
         in_float: operators that stay float, by type.
-        float_layers: the same one by one: {"layer", "operator", "reason"}. The reason BEFORE is no loss.
+        float_layers: the same one by one: {"layer", "operator", "reason"}. The reasons BEFORE and FLOATS are no loss.
         source: the fp32 graph with the weights that were rounded.
         trained: artifact.json's record of a training that went on from there (qat.py).
     """
@@ -199,7 +200,7 @@ class _Graph:
     def obstacle(self, node: NodeProto) -> str | None:
         """Why the node has no integer form; None where it has one."""
         if self.only is not None and node.op_type not in self.only:
-            return f"{node.op_type} works on floats in this runtime"
+            return FLOATS
         computed = self.activations(node)
         if node.op_type in _WEIGHTED:
             if any(name not in self.constants for name in node.input[1:] if name):
