@@ -95,6 +95,7 @@ def test_one_layer_on_integers_is_the_formula_of_its_scales(tmp_path: Path):
     for number, (kind, result) in enumerate((("Conv", "a"), ("Conv", "b"), ("Gemm", "logits"))):
         constants |= {f"w{number}": weights[number], f"s{number}": scales[number], f"g{number}": grids[number]}
         constants |= {f"z{number}": numpy.int8(0), f"zeros{number}": numpy.zeros(len(scales[number]), "i1")}
+        turned: dict[str, Any] = {"transB": 1} if kind == "Gemm" else {}
         if kind == "Gemm":
             nodes += [helper.make_node("GlobalAveragePool", [source], ["p"]), helper.make_node("Flatten", ["p"], ["f"])]
             source = "f"
@@ -104,7 +105,7 @@ def test_one_layer_on_integers_is_the_formula_of_its_scales(tmp_path: Path):
             helper.make_node(
                 "DequantizeLinear", [f"w{number}", f"s{number}", f"zeros{number}"], [f"v{number}"], axis=0
             ),
-            helper.make_node(kind, [f"d{number}", f"v{number}"], [result], **({"transB": 1} if kind == "Gemm" else {})),
+            helper.make_node(kind, [f"d{number}", f"v{number}"], [result], **turned),
         ]
         if kind == "Conv":
             nodes.append(helper.make_node("Relu", [result], [f"{result}_act"]))
@@ -151,7 +152,7 @@ def test_every_operator_that_is_written_answers_as_in_onnx_runtime(tmp_path: Pat
     constants |= {"low": numpy.float32(-0.25), "high": numpy.float32(1.5), "plane": numpy.array([2, 3])}
     constants |= {"lowest": numpy.finfo("f4").min, "flat": numpy.array([0, -1])}
     node = helper.make_node
-    pads = {"kernel_shape": [3, 3], "pads": [1, 0, 1, 1], "strides": [2, 1]}
+    pads: dict[str, Any] = {"kernel_shape": [3, 3], "pads": [1, 0, 1, 1], "strides": [2, 1]}
     nodes = [
         node("Conv", ["images", "w", "b"], ["c"], pads=[0, 1, 2, 0], strides=[1, 2], dilations=[2, 1]),
         node("Clip", ["c", "low", "high"], ["c1"]),
@@ -279,10 +280,10 @@ def test_a_file_that_ncnn_does_not_survive_is_one_sentence(written: Path, tmp_pa
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The int8 artifact of a small run, exported with the other precisions."""
+    """The int8 artifact of a small run, exported with its fp32 one."""
     folder = tmp_path_factory.mktemp("run")
     make(folder / "runs/small-1")
-    export(folder / "runs/small-1", int8=True, fp16=True, formats="ncnn", ptq="plain")
+    export(folder / "runs/small-1", int8=True, formats="ncnn", ptq="plain")
     return folder / "runs/small-1/artifacts/ncnn-int8"
 
 
@@ -293,7 +294,7 @@ def test_an_artifact_is_verified_benched_and_inspected(exported: Path):
     )
     assert {file["path"] for file in written.record["files"]} == {"model.param", "model.bin", "twin.onnx"}
     assert written.record["scheme"]["only"] == ["Conv", "Gemm"]
-    (judged,) = verify(exported, attack="pgd5", samples=60)["artifacts"]
+    (judged,) = verify(exported, attack="pgd5", samples=40)["artifacts"]
     assert judged["twin"]["agreement"] >= 0.98 and judged["bytes"] == written.bytes
     assert {"float", "twin"} <= set(judged["attacks"][0]["sources"])
     about = inspect(exported / "model.param")

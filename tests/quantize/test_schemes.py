@@ -75,9 +75,13 @@ def test_where_layers_alone_work_on_integers_all_others_read_what_nobody_rounded
     nodes = list(made.model.graph.node)
     constants = {tensor.name for tensor in made.model.graph.initializer}
     back = {node.output[0]: node for node in nodes if node.op_type == "DequantizeLinear"}
-    layered = [node for node in nodes if node.op_type in ("Conv", "Gemm")]
-    assert layered and all(node.input[0] in back and node.input[1] in back for node in layered)
-    others = [node for node in nodes if node.op_type not in ("Conv", "Gemm", "QuantizeLinear", "DequantizeLinear")]
+    named = {name: one for one in nodes if one.op_type in ("Conv", "Gemm") for name in one.input[1:2]}
+    alone = [node for name, node in named.items() if name not in back]
+    assert [[entry.i for entry in node.attribute if entry.name == "group"] for node in alone] == [[16]]  # depthwise
+    layered = [node for name, node in named.items() if name in back]
+    assert len(layered) >= 2 and all(node.input[0] in back and node.input[1] in back for node in layered)
+    kinds = ("Conv", "Gemm", "QuantizeLinear", "DequantizeLinear")
+    others = [*alone, *(node for node in nodes if node.op_type not in kinds)]
     assert {"Add", "GlobalAveragePool"} <= {node.op_type for node in others}
     assert not any(name in back for node in others for name in node.input)
     read = {name for node in layered for name in node.input}
