@@ -389,7 +389,7 @@ def _tell(written: Artifact) -> None:
             f"{against['images']} validation images, logits differ by at most {against['max_abs_difference']:.2g}"
         )
     for layer in written.record.get("float_layers", []):
-        if layer["reason"] != quantize.BEFORE:
+        if layer["reason"] not in (quantize.BEFORE, quantize.FLOATS):
             say(f"{written.name}: {layer['layer']} ({layer['operator']}) stays float: {layer['reason']}")
     if operators := written.record.get("operators"):
         floats = ", ".join(f"{count} {kind}" for kind, count in operators["float"].items()) or "none"

@@ -58,7 +58,9 @@ def test_all_is_what_can_be_written_here_and_the_rest_is_named(monkeypatch: pyte
     everything = listed(["all", "onnx"], True, True, None)
     assert names(everything) == [
         *("onnx-fp32", "onnx-int8", "torchscript-fp32"),
-        *(f"{name}-{kind}" for name in ("openvino", "tensorrt", "coreml") for kind in ("fp32", "int8", "fp16")),
+        *("openvino-fp32", "openvino-int8", "openvino-fp16"),
+        *("executorch-fp32", "executorch-int8"),
+        *(f"{name}-{kind}" for name in ("litert", "ncnn", "tensorrt", "coreml") for kind in ("fp32", "int8", "fp16")),
     ]
     said = capsys.readouterr().err
     assert "onnx-fp16 is left out: this version writes onnx in fp32/int8" in said

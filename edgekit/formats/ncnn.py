@@ -3,9 +3,8 @@
 ncnn reads as many layers as the second line of .param announces. The metadata follow the last one, a line each, with
 the digest of model.bin among them: what ncnn's own tools rewrite loses them.
 
-Int8 files are made of a graph whose convolutions and matrix products alone work on integers; ncnn adds, pools and
-activates floats. Its packed depthwise kernel for x86 takes an approximate reciprocal of the scales (1e-4 off at most):
-a result that lies so near the middle of two integers may be rounded to the other.
+Int8 files are made of a graph whose dense convolutions and matrix products alone work on integers: ncnn adds, pools and
+activates floats, and is faster and more exact with depthwise convolutions of floats (quantize/scheme.py).
 """
 
 import collections

@@ -29,7 +29,7 @@ _SIMPLE: dict[str, tuple[str, dict[int, Any]]] = {
 _SAME = ("Identity", "Dropout")  # of one input: what they answer is what they get
 # What .bin says of the numbers that follow; float32 numbers that are never stored otherwise stand without it.
 _PLAIN, _HALF, _INT8 = 0, 0x01306B47, 0x000D4B38
-_LONGEST = 200  # letters of a name: ncnn reads up to 255
+_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")  # ncnn reads up to 255 letters; those with a colon are made here
 
 
 @dataclass
@@ -139,9 +139,9 @@ class _Lowering:
     ) -> None:
         """One more layer, whose result ONNX calls `top`."""
         taken = self.names.values()
-        plain = re.fullmatch(rf"[\w.]{{1,{_LONGEST}}}", top, re.ASCII) and top not in taken
-        self.names[top] = top if plain else f"blob.{len(self.layers)}"
-        label = name if re.fullmatch(rf"[\w.]{{1,{_LONGEST}}}", name, re.ASCII) else f"layer.{len(self.layers)}"
+        plain = _NAME.fullmatch(top) and top not in taken
+        self.names[top] = top if plain else f"blob:{len(self.layers)}"
+        label = name if _NAME.fullmatch(name) else f"layer:{len(self.layers)}"
         self.layers.append(Layer(type, label, list(bottoms), [self.names[top]], dict(params), data))
 
     def only_reader(self, name: str) -> NodeProto | None:
@@ -281,7 +281,7 @@ def _memory(graph: _Lowering, name: str) -> str:
     if value is None or not (value.size == 1 or channels):
         raise _refused(f"the constant {name} is neither a number nor one for each channel")
     shape = {0: 1} if value.size == 1 else {0: 1, 1: 1, 2: value.size}
-    graph.add("MemoryData", name, [], f"{name}.{len(graph.layers)}", shape, _floats(value))
+    graph.add("MemoryData", name, [], f"{name}\0{len(graph.layers)}", shape, _floats(value))
     return graph.layers[-1].tops[0]
 
 
@@ -348,10 +348,10 @@ def _mean(graph: _Lowering, node: NodeProto) -> None:
     if keeps and reader is not None and reader.op_type == "Flatten" and attributes(reader).get("axis", 1) == 1:
         result, keeps = reader.output[0], False
         graph.done.add(result)
-    graph.add("Pooling", node.output[0], [graph.blob(node.input[0])], result, {0: 1, 4: 1})
+    pooled = f"{result}\0" if keeps else result  # a name that no graph has
+    graph.add("Pooling", node.output[0], [graph.blob(node.input[0])], pooled, {0: 1, 4: 1})
     if keeps:
-        bottom = graph.names.pop(result)
-        graph.add("Reshape", f"{result}.kept", [bottom], result, {0: 1, 1: 1, 2: -1})
+        graph.add("Reshape", f"{result}.kept", [graph.names[pooled]], result, {0: 1, 1: 1, 2: -1})
 
 
 def _flatten(graph: _Lowering, node: NodeProto) -> None:
@@ -448,10 +448,10 @@ def _split(layers: Sequence[Layer]) -> list[Layer]:
         made.append(layer)
         for name in layer.tops:
             if len(readers.get(name, [])) > 1:
-                tops = [f"{name}.split{number}" for number in range(len(readers[name]))]
+                tops = [f"{name}:{number}" for number in range(len(readers[name]))]
                 for (reader, place), top in zip(readers[name], tops, strict=True):
                     reader.bottoms[place] = top
-                made.append(Layer("Split", f"{name}.split", [name], tops))
+                made.append(Layer("Split", f"{name}:split", [name], tops))
     return made
 
 

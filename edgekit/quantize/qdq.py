@@ -27,6 +27,7 @@ from edgekit.quantize.weights import weigh
 
 _WEIGHTED = ("Conv", "Gemm")
 BEFORE = "it works on the image or on constants alone"
+FLOATS = "the runtime has floats there"  # whatever the file says: Scheme.only
 _MOVING = ("Flatten", "Reshape", "MaxPool")  # hand integers on as they are: input and output share one scale
 
 
@@ -38,7 +39,7 @@ class Quantized:
         model: the QDQ graph.
         calibration: artifact.json's record.
         in_float: operators that stay float, by type.
-        float_layers: the same one by one: {"layer", "operator", "reason"}. The reason BEFORE is no loss.
+        float_layers: the same one by one: {"layer", "operator", "reason"}. The reasons BEFORE and FLOATS are no loss.
         source: the fp32 graph with the weights that were rounded.
         trained: artifact.json's record of a training that went on from there (qat.py).
     """
@@ -146,7 +147,7 @@ def _reasons(source: onnx.ModelProto, graph: "_Graph", integral: set[int], kept:
             reason = BEFORE
         elif name in kept:
             reason = "it was chosen to"
-        elif graph.is_clip(node):
+        elif graph.is_clip(node) and graph.only is None:
             reason = "it follows no integer operator alone"
         else:
             reason = graph.obstacle(node) or "no integer operator reads it"
@@ -173,11 +174,18 @@ def _layer(node: NodeProto) -> str:
     return node.input[1].removesuffix(".weight") if node.op_type in _WEIGHTED else node.output[0]
 
 
+def _alone(node: NodeProto, weights: numpy.ndarray | None) -> bool:
+    """Whether a convolution works on each channel by itself."""
+    grouped = any(entry.name == "group" and weights is not None and entry.i == len(weights) for entry in node.attribute)
+    return grouped and weights is not None and weights.shape[1] == 1
+
+
 class _Graph:
     """Who makes and who reads each tensor of a model."""
 
     def __init__(self, model: onnx.ModelProto, scheme: Scheme | None = None) -> None:
         self.only = None if scheme is None else scheme.only
+        self.depthwise = scheme is None or scheme.depthwise
         self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         for node in model.graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -199,7 +207,9 @@ class _Graph:
     def obstacle(self, node: NodeProto) -> str | None:
         """Why the node has no integer form; None where it has one."""
         if self.only is not None and node.op_type not in self.only:
-            return f"{node.op_type} works on floats in this runtime"
+            return FLOATS
+        if not self.depthwise and node.op_type == "Conv" and _alone(node, self.constants.get(node.input[1])):
+            return FLOATS
         computed = self.activations(node)
         if node.op_type in _WEIGHTED:
             if any(name not in self.constants for name in node.input[1:] if name):
@@ -317,12 +327,7 @@ def _write(
                 weights = weights.T
                 del copy.attribute[:]
                 copy.attribute.append(helper.make_attribute("transB", 1))
-            depthwise = (
-                node.op_type == "Conv"
-                and weights.shape[1] == 1
-                and any(entry.name == "group" and entry.i == len(weights) for entry in node.attribute)
-            )
-            pairs = scheme.cannot_saturate and not depthwise
+            pairs = scheme.cannot_saturate and not (node.op_type == "Conv" and _alone(node, weights))
             stored, scale, zero = weigher(node.input[1], weights, pairs)
             inputs[1] = dequantized(node.input[1], stored, scale, zero)
             if len(node.input) > 2 or settings.correct:  # a bias is where a correction goes

@@ -41,13 +41,15 @@ class Scheme:
     """weights, activations: how they are stored. cannot_saturate: dense weights are such that no sum of two products
     with an unsigned 8-bit activation leaves 16 bits, however Settings.weights chooses among such weights.
     only: the operators that work on integers, None for all that can. Then every other one stays float and reads what it
-    reads unrounded, and a result becomes integers only where one of them reads it."""
+    reads unrounded, and a result becomes integers only where one of them reads it.
+    depthwise: whether convolutions of each channel by itself work on integers."""
 
     name: str
     weights: Format
     activations: Format
     cannot_saturate: bool
     only: tuple[str, ...] | None = None
+    depthwise: bool = True
 
     def record(self) -> dict[str, Any]:
         """The `scheme` of artifact.json."""
@@ -56,6 +58,7 @@ class Scheme:
             "activations": asdict(self.activations),
             "cannot_saturate": self.cannot_saturate,
             **({} if self.only is None else {"only": list(self.only)}),
+            **({} if self.depthwise else {"depthwise": False}),
         }
 
 
@@ -70,12 +73,14 @@ SCHEMES: dict[str, Scheme] = {
     "symmetric": Scheme(
         "symmetric", Format(8, True, True, "channel"), Format(8, True, True, "tensor"), cannot_saturate=False
     ),
-    # ncnn does too; it adds, pools and activates floats.
+    # ncnn does too; it adds, pools and activates floats. On x86 its depthwise kernel for integers is slower than that
+    # for floats and takes an approximate reciprocal of the scales, up to 4e-4 off: no two processors need agree.
     "layers": Scheme(
         "layers",
         Format(8, True, True, "channel"),
         Format(8, True, True, "tensor"),
         cannot_saturate=False,
         only=("Conv", "Gemm"),
+        depthwise=False,
     ),
 }

@@ -11,7 +11,7 @@ from onnx import helper
 
 from edgekit import twin
 from edgekit.errors import EdgekitError
-from edgekit.quantize import BEFORE, SCHEMES, Settings, layers, quantize, unsafe_pairs
+from edgekit.quantize import BEFORE, FLOATS, SCHEMES, Settings, layers, quantize, unsafe_pairs
 from edgekit.quantize.scheme import Format, Scheme
 
 X86, SYMMETRIC = SCHEMES["x86"], SCHEMES["symmetric"]
@@ -30,9 +30,9 @@ SETTINGS = Settings(method="mse", equalize=True, correct=True, weights="enlarged
 
 
 @pytest.mark.parametrize("activation", ["Relu", "Clip"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "layers"])
 def test_the_twin_answers_as_onnx_runtime_does_under_every_scheme(tmp_path: Path, name: str, activation: str):
-    scheme, model, images = CASES[name], graph(activation), photos(200, seed=4)
+    scheme, model, images = CASES.get(name, SCHEMES["layers"]), graph(activation), photos(200, seed=4)
     made = quantize(model, photos(60), scheme, SETTINGS).model
     answered = torch.from_numpy(run(made, images)[0])
     copied = twin.open(save(made, tmp_path / "model.onnx"))(images).detach()
@@ -68,6 +68,26 @@ def test_a_grid_that_reaches_below_zero_keeps_the_activation_that_cuts_there():
     assert kinds[1].count("Relu") == 3
     symmetric = quantize(graph(), photos(60), SYMMETRIC).model
     assert run(symmetric, photos(60, seed=2), "stem_act_dequantized")[0].min() == 0
+
+
+def test_where_layers_alone_work_on_integers_all_others_read_what_nobody_rounded():
+    made = quantize(graph(), photos(60), SCHEMES["layers"])
+    nodes = list(made.model.graph.node)
+    constants = {tensor.name for tensor in made.model.graph.initializer}
+    back = {node.output[0]: node for node in nodes if node.op_type == "DequantizeLinear"}
+    named = {name: one for one in nodes if one.op_type in ("Conv", "Gemm") for name in one.input[1:2]}
+    alone = [node for name, node in named.items() if name not in back]
+    assert [[entry.i for entry in node.attribute if entry.name == "group"] for node in alone] == [[16]]  # depthwise
+    layered = [node for name, node in named.items() if name in back]
+    assert len(layered) >= 2 and all(node.input[0] in back and node.input[1] in back for node in layered)
+    kinds = ("Conv", "Gemm", "QuantizeLinear", "DequantizeLinear")
+    others = [*alone, *(node for node in nodes if node.op_type not in kinds)]
+    assert {"Add", "GlobalAveragePool"} <= {node.op_type for node in others}
+    assert not any(name in back for node in others for name in node.input)
+    read = {name for node in layered for name in node.input}
+    assert all(name in read for name, node in back.items() if node.input[0] not in constants)
+    assert {one["operator"]: one["reason"] for one in made.float_layers}["Add"] == FLOATS
+    assert SCHEMES["layers"].record()["only"] == ["Conv", "Gemm"] and "only" not in SYMMETRIC.record()
 
 
 @pytest.mark.parametrize(
