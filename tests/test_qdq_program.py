@@ -64,7 +64,7 @@ def test_biases_are_the_integers_of_the_graph_in_either_form(lowered: onnx.Model
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     stored = arrays["logits_bias_quantized"]
     found = dict(Program(model).named_buffers()).values()
-    real = torch.from_numpy(stored * arrays["logits_bias_scale"])
+    real = torch.from_numpy((stored * arrays["logits_bias_scale"]).astype(numpy.float32))
     assert any(each.dtype == torch.float32 and each.shape == real.shape and each.equal(real) for each in found)
     found = dict(Program(model, float_biases=False).named_buffers()).values()
     assert any(each.dtype == torch.int32 and each.equal(torch.from_numpy(stored.copy())) for each in found)

@@ -133,12 +133,8 @@ def test_the_integer_file_holds_the_integers_and_no_float_weights(whole: Path, f
             assert (real.transpose(order) if real.ndim == 4 else real).tobytes() not in stored
             found += 1
     assert found == 5
-    assert onnx_weights(full) in full.read_bytes()  # the same search finds floats where there are some
-
-
-def onnx_weights(full: Path) -> bytes:
-    """The float weights of the linear layer."""
-    return compact().body[-1].weight.detach().numpy().tobytes()  # pyright: ignore
+    # The same search finds floats where there are some.
+    assert compact().body[-1].weight.detach().numpy().tobytes() in full.read_bytes()  # pyright: ignore
 
 
 def test_the_metadata_is_in_the_file_for_edgekit_and_for_an_app(full: Path, whole: Path):
@@ -188,7 +184,7 @@ def test_a_damaged_file_is_one_sentence(full: Path, tmp_path: Path, damage: str)
         }[damage]
     )
     for what in (executorch.open, executorch.describe, executorch.running):
-        with pytest.raises(EdgekitError, match=r"ExecuTorch file") as caught:
+        with pytest.raises(EdgekitError) as caught:
             what(path)
         assert "\n" not in str(caught.value) and "model.pte" in str(caught.value)
         assert caught.value.exit_code == 2
