@@ -122,12 +122,19 @@ class Program(nn.Module):
             self._step(_max_pool(node, given), node)
         elif kind == "Flatten" and given.get("axis", 1) == 1:
             self._step(lambda x: x.flatten(1), node)
+        elif kind == "Reshape" and self._flattens(node):
+            self._step(lambda x: x.flatten(1), node, node.input[0])
         elif kind == "Max" and self._lowest(node):
             self._step(torch.positive, node, node.input[0])
         elif kind in _BINARY and len(node.input) == 2:
             self._step(_BINARY[kind], node)
         else:
             raise _unknown(node, "is not among the operators of edgekit's int8 graphs")
+
+    def _flattens(self, node: "NodeProto") -> bool:
+        """Whether the Reshape makes one row of each image."""
+        shape = self._arrays.get(node.input[1])
+        return shape is not None and shape.size == 2 and int(shape[0]) in (-1, 0)
 
     def _lowest(self, node: "NodeProto") -> bool:
         """Whether the Max changes nothing: it keeps ONNX Runtime from fusing what surrounds it."""

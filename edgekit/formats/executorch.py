@@ -11,11 +11,13 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import struct
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,7 @@ _DELEGATE = "XnnpackBackend"
 _QUANTIZED = "XNNQuantizedTensorValue"
 # What begins a .pte file, and an XNNPACK program in it, with the sizes and offsets of its parts.
 _HEADER, _DELEGATE_HEADER = struct.Struct("<4x2s2x4sIQQQ"), struct.Struct("<4x4sHIIIQ")
+_INFINITE = re.compile(rb"(?<=[:\[,] )(-?)inf\b")  # as flatc writes it, and JSON does not
 _NO_OPERATORS = ("Convert",)  # to integers and back: between operators
 
 
@@ -82,7 +85,8 @@ def open(path: Path, *, threads: int | None = None) -> Classifier:
     """The file in ExecuTorch on the CPU, in this process; more than BATCH images go through it in turn.
 
     Args:
-        threads: of this process's one pool, which all files share; None leaves it as it is: one thread for each core.
+        threads: of the one pool that all files of this process share; None leaves it as it is, at first one for each
+            core.
     Returns:
         Classifier: (N, C, H, W) float32 in [0, 1] on any device -> (N, K) float32 logits there; no gradients.
     Raises:
@@ -90,17 +94,13 @@ def open(path: Path, *, threads: int | None = None) -> Classifier:
     """
     runtime = package()
     _contents(path)
-    with _quiet():  # it reports on the processor, and says on stderr what it says in its errors
-        try:
-            if threads is not None:
-                runtime._unsafe_reset_threadpool(threads)
-            program = runtime._load_program(str(path), program_verification=runtime.Verification.InternalConsistency)
-            method = program.load_method(_FORWARD)
-            wanted, made = (tuple(of(0).sizes()) for of in _tensors(method.method_meta()))
-        except RuntimeError as error:
-            raise EdgekitError(f"ExecuTorch does not take the file ({_said(error)})", where=path) from None
+    loaded = _loaded(runtime, path, threads)
+    wanted, made = (tuple(of(0).sizes()) for of in _tensors(loaded.method.method_meta()))
 
     def run(images: Tensor) -> Tensor:
+        nonlocal loaded
+        if loaded.pool != _pools:  # another file was opened with other threads: the ones that this one knows are gone
+            loaded = _loaded(runtime, path, threads)
         pixels = images.detach().to("cpu", torch.float32).contiguous()
         if not len(pixels):
             return images.new_zeros(0, made[1], dtype=torch.float32)
@@ -109,8 +109,7 @@ def open(path: Path, *, threads: int | None = None) -> Classifier:
                 f"takes images of the shape {list(wanted[1:])}, not {list(pixels.shape[1:])}", where=path
             )
         try:
-            # A method does not own its program, which has to outlive it.
-            logits = [method([part])[0] for part in pixels.split(wanted[0]) if program]
+            logits = [loaded.method([part])[0] for part in pixels.split(wanted[0])]
         except RuntimeError as error:
             raise EdgekitError(f"ExecuTorch does not take such images ({_said(error)})", where=path) from None
         return torch.cat(logits).to(images.device)
@@ -168,7 +167,8 @@ def _keep_rank(program: ExportedProgram) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        shape = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else ()
+        value = node.meta.get("val")
+        shape = list(value.shape) if isinstance(value, Tensor) else []
         averages = node.target is aten.mean.dim and len(node.args) < 3 and len(shape) == 2
         flattens = node.target is aten.flatten.using_ints and node.args[1:] == (1,)
         if not (averages or flattens):
@@ -238,7 +238,8 @@ class _Bounded(PassBase):
             for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
                 for spec in tree_flatten(node.meta.get("spec", []))[0]:
                     if isinstance(spec, TensorSpec):
-                        spec.shape, spec.stride = ([_largest(size) for size in of] for of in (spec.shape, spec.stride))
+                        spec.shape = [_largest(size) for size in spec.shape]
+                        spec.stride = tuple(map(_largest, spec.stride))  # pyright: ignore (of one size only)
         return PassResult(graph_module, True)
 
 
@@ -270,10 +271,33 @@ def _missing() -> EdgekitError:
     return EdgekitError("the package executorch is not installed", where=RUNTIME, mend=mend, exit_code=ENVIRONMENT)
 
 
+_pools = 0  # how often the threads of this process were replaced
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A method, the program that has to outlive it, and the pool of threads that it was loaded with."""
+
+    program: Any
+    method: Any
+    pool: int
+
+
+def _loaded(runtime: Any, path: Path, threads: int | None) -> _Loaded:
+    global _pools
+    with _quiet():  # it reports on the processor, and says on stderr what it says in its errors
+        try:
+            if threads is not None and runtime._threadpool_get_thread_count() != threads:
+                runtime._unsafe_reset_threadpool(threads)
+                _pools += 1
+            program = runtime._load_program(str(path), program_verification=runtime.Verification.InternalConsistency)
+            return _Loaded(program, program.load_method(_FORWARD), _pools)
+        except RuntimeError as error:
+            raise EdgekitError(f"ExecuTorch does not take the file ({_said(error)})", where=path) from None
+
+
 def _tensors(meta: Any) -> Iterator[Any]:
     """How a method describes its inputs, and its outputs."""
-    if not meta.num_inputs() or not meta.num_outputs():
-        raise RuntimeError("it takes or answers nothing")
     yield from (meta.input_tensor_meta, meta.output_tensor_meta)
 
 
@@ -297,8 +321,9 @@ def _contents(path: Path) -> dict[str, Any]:
         file.seek(0)
         program = _decoded(file.read(length), "exir/_serialize/program.fbs", path)
     program["begin"] = begin
-    if not any(plan["name"] == _FORWARD and plan["inputs"] for plan in program["execution_plan"]):
-        raise EdgekitError(f"the file has no method '{_FORWARD}' that takes images", where=path)
+    forward = [plan for plan in program["execution_plan"] if plan["name"] == _FORWARD]
+    if not forward or not len(forward[0]["inputs"]) == len(forward[0]["outputs"]) == 1:
+        raise EdgekitError(f"the file has no method '{_FORWARD}' that takes images and answers scores", where=path)
     return program
 
 
@@ -314,7 +339,8 @@ def _decoded(content: bytes, schema: str, path: Path) -> dict[str, Any]:
         command += ["-o", scratch, str(root / schema), "--", f"{scratch}/it.bin"]
         done = subprocess.run(command, capture_output=True)
         try:
-            return json.loads((Path(scratch) / "it.json").read_bytes())
+            text = (Path(scratch) / "it.json").read_bytes()
+            return json.loads(_INFINITE.sub(rb"\1Infinity", text))
         except (OSError, ValueError):
             raise EdgekitError(f"not a valid ExecuTorch file (flatc ends with {done.returncode})", where=path) from None
 
@@ -351,10 +377,10 @@ def _delegated(path: Path, program: dict[str, Any], delegate: dict[str, Any]) ->
             file.seek(program["begin"] + segment["offset"])
             content = file.read(segment["size"])
         magic, _, begin, length, *_ = _DELEGATE_HEADER.unpack_from(content)
-    except (IndexError, KeyError, struct.error):
-        magic = b""
-    if magic != b"XH00":
-        raise EdgekitError("its part for XNNPACK is damaged", where=path)
+        if magic != b"XH00":
+            raise ValueError(magic)
+    except (IndexError, KeyError, OverflowError, ValueError, struct.error):
+        raise EdgekitError("its part for XNNPACK is damaged", where=path) from None
     return _decoded(content[begin : begin + length], "backends/xnnpack/serialization/schema.fbs", path)
 
 

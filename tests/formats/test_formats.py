@@ -28,7 +28,8 @@ HERE = [
     for name, format in FORMATS.items()
     if lacking(name) is None and all(find_spec(package) for package in format.PACKAGES)
 ]
-TOGETHER = [name for name in HERE if name != "ncnn"]  # its weights have OpenVINO's name: test_ncnn.py
+# ncnn names its weights as OpenVINO does; ExecuTorch takes twenty seconds to write a network of this depth, LiteRT ten.
+TOGETHER = [name for name in HERE if name not in ("ncnn", "executorch", "litert")]
 FILES = [
     ("onnx", "model.onnx"),
     ("torchscript", "model.pt"),
