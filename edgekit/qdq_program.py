@@ -5,7 +5,6 @@ own, weights are int8 constants behind a dequantize_per_channel. It is the form 
 with the integers, scales and zero points of edgekit's own graph.
 """
 
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +34,20 @@ class Program(nn.Module):
     Weights are int8 buffers. Quantized tensors are per tensor, with scale and zero point as plain numbers.
     """
 
-    def __init__(self, model: "ModelProto", *, float_biases: bool = True) -> None:
+    def __init__(
+        self,
+        model: "ModelProto",
+        *,
+        float_biases: bool = True,
+        float_result: Callable[..., Tensor] = functional.linear,
+    ) -> None:
         """Read an ONNX graph as edgekit writes it: constants in the file, one input, one output, no control flow.
 
         Args:
             float_biases: int32 biases are stored as the floats they stand for, which XNNPACK's partitioner turns back
                 into the same integers; else as int32 behind a dequantize_per_channel.
+            float_result: how a linear layer of int8 weights is written whose result stays float, which is that of the
+                logits: (x, weight, bias or None) -> result.
         Raises:
             EdgekitError: an operator, or a form of one, that edgekit's graphs do not have.
         """
@@ -55,13 +62,14 @@ class Program(nn.Module):
                 arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         self._arrays, self._float_biases = arrays, float_biases
         self._steps: list[tuple[Callable[..., Tensor], list[str], str]] = []
-        # Not steps: each reader gets a dequantize of its own, without which partitions of a residual network are cycles.
+        # Not steps: each reader gets a dequantize of its own, else partitions of a residual network are cycles.
         self._dequantized: dict[str, tuple[Callable[..., Tensor], list[str]]] = {}
         self._buffers_of: dict[str, str] = {}
+        quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
         biases = {node.input[2] for node in model.graph.node if node.op_type in ("Conv", "Gemm") and node.input[2:]}
         for node in model.graph.node:
             if node.op_type != "Constant":
-                self._take(node, node.output[0] in biases)
+                self._take(node, node.output[0] in biases, None if node.output[0] in quantized else float_result)
         (self._input,), (self._output,) = (
             [value.name for value in values if value.name not in arrays]
             for values in (model.graph.input, model.graph.output)
@@ -91,7 +99,7 @@ class Program(nn.Module):
         names = [self._constant(name) if name in self._arrays else name for name in inputs or node.input if name]
         self._steps.append((function, names, node.output[0]))
 
-    def _take(self, node: "NodeProto", bias: bool) -> None:
+    def _take(self, node: "NodeProto", bias: bool, float_result: Callable[..., Tensor] | None) -> None:
         kind, given = node.op_type, _attributes(node)
         if kind == "QuantizeLinear":
             self._step(_quantizer(*self._grid(node)), node, node.input[0])
@@ -100,7 +108,9 @@ class Program(nn.Module):
         elif kind == "Conv":
             self._step(_convolution(node, given), node)
         elif kind == "Gemm":
-            self._step(_linear(node, given), node)
+            _check_linear(node, given)
+            whole = node.input[0] in self._dequantized and node.input[1] in self._dequantized
+            self._step(float_result if float_result and whole else functional.linear, node)
         elif kind == "Clip":
             low, high = (float(self._arrays[name]) if name else None for name in (*node.input[1:], "", "")[:2])
             self._step(lambda x: torch.clamp(x, low, high), node, node.input[0])
@@ -113,7 +123,7 @@ class Program(nn.Module):
         elif kind == "Flatten" and given.get("axis", 1) == 1:
             self._step(lambda x: x.flatten(1), node)
         elif kind == "Max" and self._lowest(node):
-            self._step(operator.pos, node, node.input[0])
+            self._step(lambda x: x, node, node.input[0])
         elif kind in _BINARY and len(node.input) == 2:
             self._step(_BINARY[kind], node)
         else:
@@ -188,10 +198,9 @@ def _convolution(node: "NodeProto", given: dict[str, Any]) -> Callable[..., Tens
     return lambda x, weight, bias=None: functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-def _linear(node: "NodeProto", given: dict[str, Any]) -> Callable[..., Tensor]:
+def _check_linear(node: "NodeProto", given: dict[str, Any]) -> None:
     if not given.get("transB", 0) or given.get("transA", 0) or given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
         raise _unknown(node, "is no plain linear layer")
-    return functional.linear
 
 
 def _max_pool(node: "NodeProto", given: dict[str, Any]) -> Callable[..., Tensor]:

@@ -13,9 +13,9 @@ FLOORS = [
     "__main__", "cli", "doctor", "trial", "exporter", "stock", "jobs", "inspector", "bencher", "lineup", "quantize",
     "train", "verifier", "archive", "sweep", "assignment", "looks", "baseline", "elsewhere", "places", "examine",
     "checks", "crew", "script",
-    "foreign", "report", "methods", "attacks", "twin", "judge", "formats", "models", "data", "artifact", "verdict",
-    "planned", "statistics", "runs", "recipe", "machine", "saturation", "processors", "console", "shipped",
-    "classifier", "qdq_program", "lite", "ort", "randomness", "files", "errors",
+    "foreign", "report", "methods", "attacks", "twin", "judge", "formats", "qdq_program", "models", "data", "artifact",
+    "verdict", "planned", "statistics", "runs", "recipe", "machine", "saturation", "processors", "console", "shipped",
+    "classifier", "lite", "ort", "randomness", "files", "errors",
 ]  # fmt: skip
 
 

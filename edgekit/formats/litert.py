@@ -1,4 +1,4 @@
-"""LiteRT (TensorFlow Lite): `model.tflite`, NCHW float32 in, logits float32 out; any batch where the file can be resized.
+"""LiteRT (TensorFlow Lite): `model.tflite`, NCHW float32 in, logits float32 out; any batch if the network has one.
 
 An int8 file is made of edgekit's QDQ graph: as a torch program whose weights stand between a quantize and a dequantize
 on the grid that they lie on already, which is the form that LiteRT's converter folds (its own PT2E quantizer writes
@@ -162,8 +162,7 @@ def _resizes(content: bytes, shape: Any) -> bool:
         path = Path(scratch) / FILE
         path.write_bytes(content)
         images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).numpy()
-        one = lite.Session(path, threads=1)
-        apart = one(images)
+        apart = lite.Session(path, threads=1)(images)
         try:
             together = lite.Session(path, threads=1, resize=True)(images)
         except EdgekitError:
