@@ -57,11 +57,13 @@ def test_all_is_what_can_be_written_here_and_the_rest_is_named(monkeypatch: pyte
     assert names(everything) == [
         *("onnx-fp32", "onnx-int8", "torchscript-fp32"),
         *("openvino-fp32", "openvino-int8", "openvino-fp16"),
+        *("litert-fp32", "litert-int8", "litert-fp16"),
     ]
     said = capsys.readouterr().err
     assert "onnx-fp16 is left out: this version writes onnx in fp32/int8" in said
     assert "torchscript-int8 is left out" in said and "openvino" not in said
-    monkeypatch.setattr(jobs, "find_spec", lambda package: None if package == "openvino" else package)
+    lacking = ("openvino", "litert_torch")
+    monkeypatch.setattr(jobs, "find_spec", lambda package: None if package in lacking else package)
     assert names(listed("all", True, False, "a")) == ["onnx-fp32-a", "onnx-int8-a", "torchscript-fp32-a"]
     said = " ".join(capsys.readouterr().err.split())
     assert "openvino is left out: it needs the package openvino. Run: pip install 'edgekit[openvino]'" in said

@@ -384,7 +384,7 @@ def test_named_formats_come_in_fp32_and_in_the_precision_asked_for(again: runs.R
         ({"formats": ","}, "no format is named"),
         ({"formats": "torchscript", "int8": True}, "torchscript is not written in int8 by this version"),
         ({"formats": "onnx", "fp16": True}, "onnx is not written in fp16 by this version"),
-        ({"fp16": True}, "--fp16: is for formats that have it: openvino. Say --format"),
+        ({"fp16": True}, "--fp16: is for formats that have it: openvino, litert. Say --format"),
         ({"label": "../up"}, "a label is made of letters, digits"),
         ({"label": ""}, "a label is made of letters, digits"),
         ({"run": "runs/none"}, "runs/none: this is not a run folder"),

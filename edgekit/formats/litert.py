@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ def write_model(model: "ModelProto", folder: Path, metadata: dict[str, str], pre
         EdgekitError: as `write`, or an operator that edgekit's graphs do not have.
     """
     _, *shape = (size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim)
-    program = Program(model).eval()
+    program = Program(_told(model)).eval()
     _write(_folding(program, shape) if precision == "int8" else program, shape, folder, metadata, precision)
     if precision == "int8":
         with tempfile.TemporaryDirectory() as scratch:
@@ -168,6 +169,32 @@ def _resizes(content: bytes, shape: Any) -> bool:
         except EdgekitError:
             return False
     return together.shape == apart.shape and bool(abs(together - apart).max() <= 1e-4 * max(1.0, abs(apart).max()))
+
+
+def _told(model: "ModelProto") -> "ModelProto":
+    """The same graph with each Reshape to (-1, K) as the Flatten that it is.
+
+    Raises:
+        EdgekitError: a layer between integers is to stay float (before its QuantizeLinear stands a Max with the lowest
+            number of all): LiteRT's converter would turn it into integers, with weights on a grid of its own.
+    """
+    from onnx import ModelProto, helper, numpy_helper
+
+    made = ModelProto()
+    made.CopyFrom(model)
+    constants = {tensor.name: tensor for tensor in made.graph.initializer}
+    for node in made.graph.node:
+        known = [constants[name] for name in node.input[1:] if name in constants]
+        if node.op_type == "Max" and known:
+            value = numpy_helper.to_array(known[0])
+            if value.dtype == numpy.float32 and (value == numpy.finfo(numpy.float32).min).all():
+                raise EdgekitError("LiteRT's converter leaves no layer between integers in float", where=node.input[0])
+        elif node.op_type == "Reshape" and known:
+            shape = numpy_helper.to_array(known[0]).tolist()
+            if len(shape) == 2 and shape[0] == -1:
+                name, place, result = node.name, node.input[0], node.output[0]
+                node.CopyFrom(helper.make_node("Flatten", [place], [result], name=name, axis=1))
+    return made
 
 
 def _converted(module: nn.Module, shape: Any, quantized: bool) -> bytes:

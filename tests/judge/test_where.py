@@ -18,7 +18,7 @@ TORCH = torch.__version__.partition("+")[0]  # which build it is stands in no ve
 def test_where_it_was_judged_is_said_as_the_contract_says():
     for format in FORMATS:
         here = find_spec(where.RUNTIME[format]) is not None  # an extra that is not installed has no version
-        runtime = r"(onnxruntime|torch|openvino)" + (r" \d+\.\d+\S*" if here else "")
+        runtime = r"(onnxruntime|torch|openvino|ai-edge-litert)" + (r" \d+\.\d+\S*" if here else "")
         assert re.fullmatch(rf"\S+ \S+, {runtime}", judge.judged_on(format))
     assert judge.judged_on("onnx").endswith(f", onnxruntime {onnxruntime.__version__}")
     assert judge.runtime("torchscript") == f"torch {TORCH}"
