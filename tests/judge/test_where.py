@@ -17,7 +17,8 @@ TORCH = torch.__version__.partition("+")[0]  # which build it is stands in no ve
 
 def test_where_it_was_judged_is_said_as_the_contract_says():
     for format in FORMATS:
-        here = find_spec(where.RUNTIME[format]) is not None  # an extra that is not installed has no version
+        # An extra that is not installed has no version.
+        here = find_spec(where.RUNTIME[format].replace("-", "_")) is not None
         runtime = r"(onnxruntime|torch|openvino|ai-edge-litert)" + (r" \d+\.\d+\S*" if here else "")
         assert re.fullmatch(rf"\S+ \S+, {runtime}", judge.judged_on(format))
     assert judge.judged_on("onnx").endswith(f", onnxruntime {onnxruntime.__version__}")
@@ -27,7 +28,7 @@ def test_where_it_was_judged_is_said_as_the_contract_says():
 def test_the_machine_block_names_what_this_machine_has():
     block = judge.machine_block()
     assert set(block) == {"cpu", "int8_instructions", "runtimes"}
-    extra = {"openvino": version("openvino")} if find_spec("openvino") else {}
+    extra = {name: version(name) for name in ("openvino", "ai-edge-litert") if find_spec(name.replace("-", "_"))}
     assert block["runtimes"] == {"onnxruntime": onnxruntime.__version__, "torch": TORCH} | extra
     assert block["cpu"]
     if (path := Path("/proc/cpuinfo")).is_file() and block["int8_instructions"] != "unknown":
