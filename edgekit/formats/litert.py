@@ -44,6 +44,7 @@ SCHEME = "signed"
 
 _SECTION = "edgekit"
 _CONVERTING = ("QUANTIZE", "DEQUANTIZE")
+_LOW = numpy.float32(-3e38)  # below all that a layer makes, and not the lowest float32
 
 
 def write(network: Network, folder: Path, metadata: dict[str, str], precision: str = "fp32") -> None:
@@ -171,12 +172,28 @@ def _resizes(content: bytes, shape: Any) -> bool:
     return together.shape == apart.shape and bool(abs(together - apart).max() <= 1e-4 * max(1.0, abs(apart).max()))
 
 
-def _told(model: "ModelProto") -> "ModelProto":
-    """The same graph with each Reshape to (-1, K) as the Flatten that it is.
+def _apart(made: Any) -> None:
+    """Write x as |x| * sign(x) where a float layer ends: these are operators that LiteRT's converter leaves float.
 
-    Raises:
-        EdgekitError: a layer between integers is to stay float (before its QuantizeLinear stands a Max with the lowest
-            number of all): LiteRT's converter would turn it into integers, with weights on a grid of its own.
+    A maximum there, a division or a power it would turn into integers, and the layer before it too.
+    """
+    aten = torch.ops.aten
+    for node in list(made.graph.nodes):
+        if node.target is not aten.maximum.default or node.args[1].op != "get_attr":
+            continue
+        if (made.get_buffer(node.args[1].target) == float(_LOW)).all():
+            with made.graph.inserting_before(node):
+                size, sign = (
+                    made.graph.call_function(each, node.args[:1]) for each in (aten.abs.default, aten.sign.default)
+                )
+                node.replace_all_uses_with(made.graph.call_function(aten.mul.Tensor, (size, sign)))
+
+
+def _told(model: "ModelProto") -> "ModelProto":
+    """The same graph with two things told so that they come through to LiteRT.
+
+    A Max with the lowest number of all, by which a layer that is to stay float is kept apart from the integers behind
+    it, is none that a reader may leave out (`_apart` replaces it); a Reshape to (-1, K) is a Flatten.
     """
     from onnx import ModelProto, helper, numpy_helper
 
@@ -188,7 +205,7 @@ def _told(model: "ModelProto") -> "ModelProto":
         if node.op_type == "Max" and known:
             value = numpy_helper.to_array(known[0])
             if value.dtype == numpy.float32 and (value == numpy.finfo(numpy.float32).min).all():
-                raise EdgekitError("LiteRT's converter leaves no layer between integers in float", where=node.input[0])
+                known[0].CopyFrom(numpy_helper.from_array(numpy.maximum(value, _LOW), known[0].name))
         elif node.op_type == "Reshape" and known:
             shape = numpy_helper.to_array(known[0]).tolist()
             if len(shape) == 2 and shape[0] == -1:
@@ -242,6 +259,7 @@ def _folding(program: nn.Module, shape: Any) -> nn.Module:
             given = (made.graph.get_attr(name), scales, zeros, axis, -127, 127, kind)
             again = made.graph.call_function(operators.quantize_per_channel.default, given)
         node.args = (again, scales, zeros, axis, -127, 127, kind)
+    _apart(made)
     made.graph.eliminate_dead_code()
     made.recompile()
     return made
