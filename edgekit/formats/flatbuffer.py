@@ -1,5 +1,6 @@
-"""TFLite's flatbuffer as objects of its own schema: read, changed where a converter left something out, written."""
+"""TFLite's flatbuffer as objects of its own schema: read, changed where the converter left something, written."""
 
+import json
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -200,8 +201,6 @@ def _dequantize(model: Any) -> int:
 
 def fields(text: str | None) -> Mapping[str, str]:
     """What `say` was given as JSON: text by name; nothing where there is none."""
-    import json
-
     try:
         read = json.loads(text or "{}")
     except ValueError:

@@ -1,4 +1,4 @@
-"""LiteRT (TensorFlow Lite): `model.tflite`, NCHW float32 in, logits float32 out; any batch if it can be resized.
+"""LiteRT (TensorFlow Lite): `model.tflite`, NCHW float32 in, logits float32 out; any batch if the network has one.
 
 An int8 file is made of edgekit's QDQ graph: as a torch program whose weights stand between a quantize and a dequantize
 on the grid that they lie on already, which is the form that LiteRT's converter folds (its own PT2E quantizer writes
@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +44,7 @@ SCHEME = "signed"
 
 _SECTION = "edgekit"
 _CONVERTING = ("QUANTIZE", "DEQUANTIZE")
+_LOW = numpy.float32(-3e38)  # below all that a layer makes, and not the lowest float32
 
 
 def write(network: Network, folder: Path, metadata: dict[str, str], precision: str = "fp32") -> None:
@@ -61,7 +63,7 @@ def write_model(model: "ModelProto", folder: Path, metadata: dict[str, str], pre
         EdgekitError: as `write`, or an operator that edgekit's graphs do not have.
     """
     _, *shape = (size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim)
-    program = Program(model).eval()
+    program = Program(_told(model)).eval()
     _write(_folding(program, shape) if precision == "int8" else program, shape, folder, metadata, precision)
     if precision == "int8":
         with tempfile.TemporaryDirectory() as scratch:
@@ -162,13 +164,54 @@ def _resizes(content: bytes, shape: Any) -> bool:
         path = Path(scratch) / FILE
         path.write_bytes(content)
         images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).numpy()
-        one = lite.Session(path, threads=1)
-        apart = one(images)
+        apart = lite.Session(path, threads=1)(images)
         try:
             together = lite.Session(path, threads=1, resize=True)(images)
         except EdgekitError:
             return False
     return together.shape == apart.shape and bool(abs(together - apart).max() <= 1e-4 * max(1.0, abs(apart).max()))
+
+
+def _apart(made: Any) -> None:
+    """Write x as |x| * sign(x) where a float layer ends: these are operators that LiteRT's converter leaves float.
+
+    A maximum there, a division or a power it would turn into integers, and the layer before it too.
+    """
+    aten = torch.ops.aten
+    for node in list(made.graph.nodes):
+        if node.target is not aten.maximum.default or node.args[1].op != "get_attr":
+            continue
+        if (made.get_buffer(node.args[1].target) == float(_LOW)).all():
+            with made.graph.inserting_before(node):
+                size, sign = (
+                    made.graph.call_function(each, node.args[:1]) for each in (aten.abs.default, aten.sign.default)
+                )
+                node.replace_all_uses_with(made.graph.call_function(aten.mul.Tensor, (size, sign)))
+
+
+def _told(model: "ModelProto") -> "ModelProto":
+    """The same graph with two things told so that they come through to LiteRT.
+
+    A Max with the lowest number of all, by which a layer that is to stay float is kept apart from the integers behind
+    it, is none that a reader may leave out (`_apart` replaces it); a Reshape to (-1, K) is a Flatten.
+    """
+    from onnx import ModelProto, helper, numpy_helper
+
+    made = ModelProto()
+    made.CopyFrom(model)
+    constants = {tensor.name: tensor for tensor in made.graph.initializer}
+    for node in made.graph.node:
+        known = [constants[name] for name in node.input[1:] if name in constants]
+        if node.op_type == "Max" and known:
+            value = numpy_helper.to_array(known[0])
+            if value.dtype == numpy.float32 and (value == numpy.finfo(numpy.float32).min).all():
+                known[0].CopyFrom(numpy_helper.from_array(numpy.maximum(value, _LOW), known[0].name))
+        elif node.op_type == "Reshape" and known:
+            shape = numpy_helper.to_array(known[0]).tolist()
+            if len(shape) == 2 and shape[0] == -1:
+                name, place, result = node.name, node.input[0], node.output[0]
+                node.CopyFrom(helper.make_node("Flatten", [place], [result], name=name, axis=1))
+    return made
 
 
 def _converted(module: nn.Module, shape: Any, quantized: bool) -> bytes:
@@ -216,6 +259,7 @@ def _folding(program: nn.Module, shape: Any) -> nn.Module:
             given = (made.graph.get_attr(name), scales, zeros, axis, -127, 127, kind)
             again = made.graph.call_function(operators.quantize_per_channel.default, given)
         node.args = (again, scales, zeros, axis, -127, 127, kind)
+    _apart(made)
     made.graph.eliminate_dead_code()
     made.recompile()
     return made
