@@ -109,7 +109,7 @@ def opened(arguments: argparse.Namespace) -> tuple[protocol.Scores, int]:
         opened = FORMATS[name].open(path, threads=arguments.threads)
         return lambda pixels: opened(torch.from_numpy(pixels)).numpy(), 0
     if name == "litert":
-        import ai_edge_litert.interpreter  # noqa: F401 (before the limit)
+        import ai_edge_litert.interpreter  # noqa: F401  # pyright: ignore (before the limit)
 
         from edgekit import lite
 

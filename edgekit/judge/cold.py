@@ -78,7 +78,7 @@ def _import(format: str | None) -> None:
 
         FORMATS[format].package()
     elif format == "litert":
-        import ai_edge_litert.interpreter  # noqa: F401
+        import ai_edge_litert.interpreter  # noqa: F401  # pyright: ignore
 
         from edgekit import lite  # noqa: F401
     else:
