@@ -85,7 +85,7 @@ def distill(
 def export(
     run: Annotated[Path | None, typer.Argument(help="A run folder.", show_default="the latest run")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Write int8 files too.")] = False,
-    fp16: Annotated[bool, typer.Option("--fp16", help="Write fp16 files too, in formats that have it.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Write fp16 files too.")] = False,
     format: Annotated[
         str | None, typer.Option(metavar="F,…", help="Names of formats (edgekit doctor lists them), or all.")
     ] = None,

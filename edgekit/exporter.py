@@ -71,7 +71,7 @@ def export(
     Args:
         run: a run folder; the latest by default.
         int8: with `formats`, this precision is added to fp32 in every format named; without, onnx-int8 is added.
-        fp16: with `formats`, this precision too; only formats that have it.
+        fp16: the same with this precision.
         formats: names of FORMATS, also as one string with commas; "all" is every one of them.
         targets: names of profiles (target.py), each of which says format and precision; in place of `formats`.
         ptq: "tuned": int8 files get the settings that cost least on validation images; "plain": min-max ranges.

@@ -94,11 +94,8 @@ def listed(formats: str | Sequence[str] | None, int8: bool, fp16: bool, label: s
     _labelled(label)
     wanted = ["fp32", *(["int8"] if int8 else []), *(["fp16"] if fp16 else [])]
     if formats is None:
-        if fp16:
-            written = ", ".join(name for name, format in FORMATS.items() if "fp16" in format.PRECISIONS)
-            raise EdgekitError(f"is for formats that have it: {written}", where="--fp16", mend="Say --format")
         jobs = [Job(format, "fp32", label) for format in DEFAULT_FORMATS]
-        return [*jobs, Job("onnx", "int8", label)] if int8 else jobs
+        return [*jobs, *(Job("onnx", precision, label) for precision in wanted[1:])]
     given = formats.split(",") if isinstance(formats, str) else formats
     names = list(dict.fromkeys(stripped for name in given if (stripped := name.strip())))
     if not names:

@@ -57,13 +57,13 @@ def test_all_is_what_can_be_written_here_and_the_rest_is_named(monkeypatch: pyte
     monkeypatch.setattr(jobs, "find_spec", lambda package: package)
     everything = listed(["all", "onnx"], True, True, None)
     assert names(everything) == [
-        *("onnx-fp32", "onnx-int8", "torchscript-fp32"),
+        *("onnx-fp32", "onnx-int8", "onnx-fp16", "torchscript-fp32"),
         *("openvino-fp32", "openvino-int8", "openvino-fp16"),
         *("executorch-fp32", "executorch-int8"),
         *(f"{name}-{kind}" for name in ("litert", "ncnn", "tensorrt", "coreml") for kind in ("fp32", "int8", "fp16")),
     ]
     said = capsys.readouterr().err
-    assert "onnx-fp16 is left out: this version writes onnx in fp32/int8" in said
+    assert "torchscript-fp16 is left out: this version writes torchscript in fp32" in said
     assert "torchscript-int8 is left out" in said and "openvino" not in said
     core = ("torch", "onnx", "onnxscript", "onnxruntime")
     monkeypatch.setattr(jobs, "find_spec", lambda package: package if package in core else None)

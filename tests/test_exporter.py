@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from commandline import TINY
+from onnx import load
 from torch import nn
 
 import edgekit
@@ -22,6 +23,7 @@ from edgekit.errors import EdgekitError
 from edgekit.exporter import export
 from edgekit.files import digest, sha256
 from edgekit.formats import FORMATS, onnx, torchscript
+from edgekit.inspector import inspect
 from edgekit.quantize import start
 from edgekit.recipe import read
 
@@ -370,6 +372,21 @@ def test_formats_by_name(again: runs.Run, formats: Any):
     assert [one["name"] for one in export(formats=formats)["artifacts"]] == ["onnx-fp32", "torchscript-fp32"]
 
 
+def test_fp16_is_half_the_size_and_takes_and_answers_float32(fresh: runs.Run):
+    document = export(fp16=True, ptq="plain")
+    assert [one["name"] for one in document["artifacts"]] == ["onnx-fp32", "torchscript-fp32", "onnx-fp16"]
+    full, _, half = document["artifacts"]
+    weights = [
+        sum(tensor.ByteSize() for tensor in load(fresh.artifacts / one["name"] / onnx.FILE).graph.initializer)
+        for one in (full, half)
+    ]
+    assert weights[1] < 0.6 * weights[0]
+    assert 0 < half["against_float"]["max_abs_difference"] < 0.05 and half["against_float"]["agreement"] > 0.99
+    images = torch.rand(3, *half["input"]["shape"][1:], generator=torch.Generator().manual_seed(0))
+    assert onnx.open(fresh.artifacts / "onnx-fp16" / onnx.FILE)(images).dtype == torch.float32
+    assert inspect(fresh.artifacts / "onnx-fp16")["precision"] == "fp16"
+
+
 def test_named_formats_come_in_fp32_and_in_the_precision_asked_for(again: runs.Run):
     assert [one["name"] for one in export(formats="onnx", int8=True)["artifacts"]] == ["onnx-fp32", "onnx-int8"]
 
@@ -381,8 +398,7 @@ def test_named_formats_come_in_fp32_and_in_the_precision_asked_for(again: runs.R
         ({"formats": []}, "no format is named"),
         ({"formats": ","}, "no format is named"),
         ({"formats": "torchscript", "int8": True}, "torchscript is not written in int8 by this version"),
-        ({"formats": "onnx", "fp16": True}, "onnx is not written in fp16 by this version"),
-        ({"fp16": True}, "--fp16: is for formats that have it: "),
+        ({"formats": "torchscript", "fp16": True}, "torchscript is not written in fp16 by this version"),
         ({"label": "../up"}, "a label is made of letters, digits"),
         ({"label": ""}, "a label is made of letters, digits"),
         ({"run": "runs/none"}, "runs/none: this is not a run folder"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from edgekit import ort
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import EdgekitError
+from edgekit.formats.half import halved
 from edgekit.models import Network
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 FILE = "model.onnx"
 OPENED = (FILE,)
 RUNTIME = "ONNX Runtime"
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 SCHEME = "x86"
 _CONVERTING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
@@ -71,8 +72,9 @@ def lower(network: Network) -> "ModelProto":
 
 
 def write(network: Network, folder: Path, metadata: dict[str, str], precision: str = "fp32") -> None:
-    """Write the fp32 file into `folder`."""
-    write_model(lower(network), folder, metadata, precision)
+    """Write the student into `folder`; fp16: weights and operators, between a float32 image and float32 logits."""
+    model = lower(network)
+    write_model(halved(model) if precision == "fp16" else model, folder, metadata, precision)
 
 
 def write_model(model: "ModelProto", folder: Path, metadata: dict[str, str], precision: str = "fp32") -> None:
