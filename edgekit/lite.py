@@ -1,6 +1,7 @@
 """LiteRT's interpreter, opened in one way wherever edgekit opens it; numpy in, numpy out, and no torch."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -91,12 +92,13 @@ class Session:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing that native code writes to stderr is seen: LiteRT greets there, past Python's own stream."""
+    """Nothing that native code writes to stderr is seen: LiteRT greets there past Python's stream, ExecuTorch in it."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)

@@ -219,7 +219,6 @@ class Verdict:
     attacks: tuple[str, ...]
     norm: str
     epsilon: float
-    grid: bool = False  # whether only images of uint8 values counted as adversarial
     samples: int
     seed: int
     tolerance: float
@@ -232,6 +231,7 @@ class Verdict:
     float: FloatStudent | None = None
     artifacts: tuple[ArtifactVerdict, ...]
     report: str | None = None
+    grid: bool = False  # whether only images of uint8 values counted as adversarial
 
     def drawn(self, one: ArtifactVerdict) -> int:
         """How many samples the figures of one of the artifacts rest on."""

@@ -227,6 +227,9 @@ def rewritten(change: Any) -> Any:
     return spoil
 
 
+ON_ARM = [{"processor": "arm64", "runtime": "x", "verdict": "survived", "why": "x"}]
+
+
 def cut() -> None:
     SAMPLES.write_text("\n".join(SAMPLES.read_text().splitlines()[:-1]))
 
@@ -261,7 +264,7 @@ def other_label() -> None:
         (rewritten(lambda one: one["data"].update(sha256="4" * 64)), {}, "the data differ: 444444444444 there"),
         (rewritten(lambda one: one["artifacts"][0].update(verdict="fine")), {}, "there is no verdict 'fine'"),
         (
-            rewritten(lambda one: one["artifacts"][0].update(judged_on=[{"processor": "arm64", "runtime": "x"}])),
+            rewritten(lambda one: one["artifacts"][0].update(judged_on=ON_ARM)),
             {},
             "the processors of onnx-int8 differ: native, arm64 there, native here",
         ),

@@ -40,7 +40,7 @@ SCHEMAS = Path(edgekit.__file__).parent / "schemas"
 ROBUST = Accuracy(0.5, 0.46, 0.54)
 # The names and their order as CLI.md prints them.
 TOP = "schema edgekit verdict passed attacks norm epsilon samples seed tolerance clean_tolerance confidence looks data"
-TOP = [*TOP.split(), "machine", "float", "artifacts", "report"]
+TOP = [*TOP.split(), "machine", "float", "artifacts", "report", "grid"]  # the last is ours
 FILE = "name format precision file bytes sha256 clean_accuracy robust_accuracy float_robust_accuracy attacks change"
 FILE = [*FILE.split(), "agreement", "twin", "checks", "judged_on", "verdict", "why"]
 

@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import os
 import re
 import struct
 import subprocess
@@ -31,6 +30,7 @@ from edgekit import artifact
 from edgekit.classifier import Classifier, Wrapped
 from edgekit.errors import ENVIRONMENT, EdgekitError
 from edgekit.formats import onnx
+from edgekit.lite import quiet
 from edgekit.models import Network
 from edgekit.qdq_program import Program
 
@@ -285,7 +285,7 @@ class _Loaded:
 
 def _loaded(runtime: Any, path: Path, threads: int | None) -> _Loaded:
     global _pools
-    with _quiet():  # it reports on the processor, and says on stderr what it says in its errors
+    with quiet():  # it reports on the processor, and says on stderr what it says in its errors
         try:
             if threads is not None and runtime._threadpool_get_thread_count() != threads:
                 runtime._unsafe_reset_threadpool(threads)
@@ -382,19 +382,6 @@ def _delegated(path: Path, program: dict[str, Any], delegate: dict[str, Any]) ->
     except (IndexError, KeyError, OverflowError, ValueError, struct.error):
         raise EdgekitError("its part for XNNPACK is damaged", where=path) from None
     return _decoded(content[begin : begin + length], "backends/xnnpack/serialization/schema.fbs", path)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing on stderr, also of what is no Python."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _said(error: Exception) -> str:
