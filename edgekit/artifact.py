@@ -78,7 +78,7 @@ def load(folder: Path) -> Artifact:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         files = [(folder / _inside(file["path"]), file["sha256"]) for file in record["files"]]
-        known = record["format"] in JUDGED and folder / JUDGED[record["format"]] in [file for file, _ in files]
+        known = {folder / each for each in _needed(record)} <= {file for file, _ in files}
     except FileNotFoundError:
         raise EdgekitError("there is no artifact.json", where=folder, mend="Run: edgekit export") from None
     except (ValueError, KeyError, TypeError):
@@ -95,6 +95,17 @@ def load(folder: Path) -> Artifact:
                 mend="Run: edgekit export --force",
             )
     return Artifact(folder, record)
+
+
+def _needed(record: dict[str, Any]) -> list[str]:
+    """The files without whose digest nothing could be said of the artifact.
+
+    Raises:
+        KeyError: it is of no known format.
+    """
+    format = record["format"]
+    beside = [TWIN] if record.get("precision") == "int8" and format != "onnx" else []
+    return [JUDGED[format], *([WEIGHTS[format]] if format in WEIGHTS else []), *beside]
 
 
 def _inside(path: str) -> PurePosixPath:

@@ -28,7 +28,7 @@ from edgekit.console import progress, say
 from edgekit.errors import BAD_INPUT, ENVIRONMENT, EdgekitError
 from edgekit.files import write_json
 from edgekit.foreign import utf8
-from edgekit.formats import FORMATS
+from edgekit.formats import FORMATS, describe, lacking
 from edgekit.judge.child import CODE
 from edgekit.lineup import Contender, Judged, Setting, contenders, judged
 from edgekit.report import pareto
@@ -73,7 +73,7 @@ def bench(
             raise EdgekitError("at least 1 is needed", where=f"{option} {number}")
     counts, sizes = _threads(threads), sorted({1, batch})
     named = [what] if isinstance(what, str | Path) else what or []
-    listed = contenders(named)
+    listed = _running_here(contenders(named))
     load = os.getloadavg()[0]
     if load > machine.cores() / 2:
         say(f"Other programs keep this machine busy (load {load:.1f} on {machine.cores()} cores): times will be longer")
@@ -120,6 +120,18 @@ def _threads(asked: int | str | Sequence[int] | None) -> list[int]:
     if not counts or counts[0] < 1 or counts[-1] > cores:
         raise EdgekitError(f"a number of threads goes from 1 to {cores} on this machine", where=shown)
     return counts
+
+
+def _running_here(listed: Sequence[Contender]) -> list[Contender]:
+    """Those that this machine can run; each other one is named."""
+    lacked = {one.name: lacking(one.format) for one in listed}
+    if (missing := next(iter(lacked.values()))) and all(lacked.values()):
+        what = f"nothing here can be measured on this machine: {listed[0].name} needs {missing}"
+        raise EdgekitError(what, mend="Run it on the device", exit_code=ENVIRONMENT)
+    for name, missing in lacked.items():
+        if missing:
+            say(f"{name} is not measured: it needs {missing}")
+    return [one for one in listed if not lacked[one.name]]
 
 
 def _pace(bar: Progress, task: TaskID) -> Step:
@@ -295,7 +307,7 @@ def _operators(one: Contender) -> dict[str, Any]:
     format = FORMATS[one.format]
     if hasattr(format, "running"):
         return format.running(one.path)
-    return {"int8": 0, **format.describe(one.path)["operators"]}
+    return {"int8": 0, **describe(one.format, one.path)["operators"]}
 
 
 def _mark(reports: Sequence[dict[str, Any]]) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
+AS_GRAPH = 0.9  # an int8 file with its own graph, less than any runtime's rounding was seen to cost
 AGREES = 0.99  # a float file that decides otherwise on more than 1 % of the images is not the student
 
 
@@ -252,7 +253,7 @@ def _standing(folder: Path, order: Order, job: Job) -> bool:
 
 
 def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | None) -> None:
-    student, metadata, format = order.student, order.metadata, FORMATS[job.format]
+    student, metadata, format = order.student, order.metadata(job.format), FORMATS[job.format]
     record: dict[str, Any] = {
         "schema": artifacts.SCHEMA,
         "edgekit": edgekit.__version__,
@@ -275,7 +276,7 @@ def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | 
             "files": [
                 {"path": name, "bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()
             ],
-            "input": order.input,
+            "input": order.input(job.format),
             "outputs": "logits",
             "classes": list(student.classes),
             "made_from": order.made_from,
@@ -285,7 +286,10 @@ def _write(job: Job, folder: Path, order: Order, compared: Tensor, made: Made | 
             record["not_compared"] = f"{format.RUNTIME} needs {missing}, which the machine that exported it lacks"
         expected = predict(student, compared)
         for name in format.OPENED if missing is None else ():  # every file that ships, the lite interpreter's too
-            against = _against(expected, predict(format.open(part / name), compared), job, name)
+            answered = predict(format.open(part / name), compared)
+            against = _against(expected, answered, job, name)
+            if (part / artifacts.TWIN).is_file():
+                _as_its_graph(answered, predict(onnx.open(part / artifacts.TWIN), compared), job)
             if name == format.FILE:
                 record["against_float"] = against
         if (job.format, job.precision) == ("onnx", "int8"):
@@ -360,6 +364,16 @@ def _against(expected: Tensor, answered: Tensor, job: Job, file: str) -> dict[st
             f"{file} agrees with the student on {100 * agreement:.1f} % of {len(expected)} images only", where=job.name
         )
     return {"images": len(expected), "agreement": agreement, "max_abs_difference": difference}
+
+
+def _as_its_graph(answered: Tensor, graph: Tensor, job: Job) -> None:
+    """Refuse an int8 file that is not the graph it was made of: runtimes round otherwise, none of them so much."""
+    agreement = (answered.argmax(1) == graph.argmax(1)).double().mean().item()
+    if agreement < AS_GRAPH:
+        raise EdgekitError(
+            f"decides as the graph that it was made of on {100 * agreement:.1f} % of {len(graph)} images only",
+            where=job.name,
+        )
 
 
 def _versions(format: str) -> dict[str, str]:

@@ -172,12 +172,24 @@ def _plan(given: Given, about: Mapping[str, Any]) -> Recipe:
     return resolve(document, given.overrides, typed)
 
 
+def _listed(given: Given, about: Mapping[str, Any], key: str, kind: type) -> tuple[Any, ...]:
+    """What the file's metadata list under a key; () where they have none.
+
+    Raises:
+        EdgekitError: it is no such list.
+    """
+    value = about.get(key, ())
+    if not isinstance(value, list | tuple) or not all(isinstance(one, kind) for one in value):
+        raise EdgekitError(f"its metadata '{key}' is no list of {kind.__name__}", where=f"--weights {given.weights}")
+    return tuple(value)
+
+
 def _same_classes(given: Given, about: Mapping[str, Any], dataset: Dataset) -> None:
     """Refuse data whose classes are, or stand, otherwise than those that the network answers."""
     names = foreign.class_names(given.classes, {})
     where = f"--classes {given.classes}"
     if "classes" in about:
-        inside = tuple(about["classes"])
+        inside = _listed(given, about, "classes", str)
         if names is not None and names != inside:
             raise EdgekitError("the file itself names other classes", where=where, mend="Leave it out")
         names, where = inside, f"--weights {given.weights}"
@@ -202,7 +214,7 @@ def _network(
 ) -> Network:
     """The architecture with the weights of the file in it."""
     where, model = f"--weights {given.weights}", plan.student.architecture
-    if (shape := tuple(about.get("input_shape", dataset.input_shape))) != dataset.input_shape:
+    if (shape := _listed(given, about, "input_shape", int) or dataset.input_shape) != dataset.input_shape:
         what = f"the network takes images of {_shape(shape)}, the data has {_shape(dataset.input_shape)}"
         raise EdgekitError(
             what, where=where, mend=f"Say --size {shape[-1]}" if shape[0] == dataset.input_shape[0] else None

@@ -11,7 +11,7 @@ from edgekit import artifact, foreign, saturation, script, verdict
 from edgekit.errors import EdgekitError
 from edgekit.files import sha256
 from edgekit.foreign import Said
-from edgekit.formats import FORMATS, onnx
+from edgekit.formats import FORMATS, describe, onnx
 from edgekit.runs import Run
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     if path.suffix in script.SUFFIXES:
         return about | {"kind": "torchscript", **_script(path), **_beside(path)}
     if (kind := _kind(path)) not in (None, "onnx"):
-        return about | {"kind": kind, **FORMATS[kind].describe(path), **_beside(path, _root(kind, path))}
+        return about | {"kind": kind, **describe(kind, path), **_beside(path, _root(kind, path))}
     model = foreign.read(path)
     about |= {"kind": "onnx", "precision": foreign.precision(model), **onnx.describe(path)}
     # Weights that lie beside the file are as much of it as the file itself.
@@ -76,7 +76,7 @@ def _kind(path: Path) -> str | None:
 
 def _root(kind: str, path: Path) -> Path:
     """The folder that an artifact.json of a file would stand in: of some formats the file lies deeper."""
-    return path.parents[len(Path(FORMATS[kind].FILE).parts) - 1]
+    return path.absolute().parents[len(Path(FORMATS[kind].FILE).parts) - 1]
 
 
 def _script(path: Path) -> dict[str, Any]:

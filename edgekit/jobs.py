@@ -64,12 +64,13 @@ class Order:
         """The `training` of artifact.json's `robust_drop`: the search was to end with it, whether it came to that."""
         return {"training": self.training(job)} if self.qat else {}
 
-    @property
-    def input(self) -> dict[str, Any]:
-        """The `input` of artifact.json."""
+    def input(self, format: str) -> dict[str, Any]:
+        """The `input` of artifact.json: `batch` is how many images a file takes at once, where there is a bound."""
         channels, height, width = self.student.input_shape
+        most = getattr(FORMATS[format], "BATCH", None)
         return {
-            "shape": [None, channels, height, width],
+            "shape": [1 if most == 1 else None, channels, height, width],
+            **({"batch": most} if most else {}),
             "layout": "NCHW",
             "range": [0, 1],
             "normalization": "inside",
@@ -77,13 +78,12 @@ class Order:
             "crop": None,
         }
 
-    @property
-    def metadata(self) -> dict[str, str]:
+    def metadata(self, format: str) -> dict[str, str]:
         """What the files themselves say."""
         return {
             "edgekit": edgekit.__version__,
             "classes": json.dumps(self.student.classes),
-            "input": json.dumps(self.input),
+            "input": json.dumps(self.input(format)),
             "outputs": "logits",
             "student_sha256": self.made_from["student_sha256"],
         }

@@ -123,7 +123,8 @@ class Program(nn.Module):
         elif kind == "Flatten" and given.get("axis", 1) == 1:
             self._step(lambda x: x.flatten(1), node)
         elif kind == "Reshape" and self._flattens(node):
-            self._step(lambda x: x.flatten(1), node, node.input[0])
+            width = int(self._arrays[node.input[1]][1])
+            self._step(lambda x: _rows(x, width, node), node, node.input[0])
         elif kind == "Max" and self._lowest(node):
             self._step(torch.positive, node, node.input[0])
         elif kind in _BINARY and len(node.input) == 2:
@@ -214,6 +215,13 @@ def _max_pool(node: "NodeProto", given: dict[str, Any]) -> Callable[..., Tensor]
     stride, padding, dilation = _window(node, given)
     kernel, ceil = list(given["kernel_shape"]), bool(given.get("ceil_mode", 0))
     return lambda x: functional.max_pool2d(x, kernel, stride, padding, dilation, ceil)
+
+
+def _rows(x: Tensor, width: int, node: "NodeProto") -> Tensor:
+    """(N, …) -> (N, width), where that is what the numbers of one image come to."""
+    if width not in (-1, x[0].numel()):
+        raise _unknown(node, f"makes rows of {width} numbers of images of {x[0].numel()}")
+    return x.flatten(1)
 
 
 def _unknown(node: "NodeProto", what: str) -> EdgekitError:

@@ -85,7 +85,7 @@ class Stock:
             if material is None or full is None:
                 raise ValueError("a search needs its material and an fp32 file to be held against")
             steps = (*ladder.STEPS, lambda _: self._last_step(job)) if self.order.qat else ladder.STEPS
-            about = (artifacts.load(full).path, self.order.metadata)
+            about = (artifacts.load(full).path, self.order.metadata("onnx"))
             found = ladder.search(material, self.order.robust_drop, *about, steps)
             made, more = found.made, {"robust_drop": found.record() | self.order.last(job)}
         elif job.trained:

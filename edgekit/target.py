@@ -205,7 +205,9 @@ def sentences(record: Mapping[str, Any]) -> Iterator[str]:
         setting = f"batch {profile['batch']}, {profile['threads']} thread{'s' * (profile['threads'] > 1)}"
         yield f"{1000 * latency['seconds']:.3g} ms ({setting}, {latency['on']}), {word} {budget}, {allowed}"
     here = record["runtime_here"]
-    if here is not None and not _satisfies(here, profile["runtime"]):
+    if here is None:
+        yield f"the target's {profile['runtime']} is not installed here: that the file runs in it was not tried"
+    elif not _satisfies(here, profile["runtime"]):
         yield f"compared with the student in version {here}, which is not the target's {profile['runtime']}"
 
 

@@ -15,6 +15,7 @@ import logging
 import math
 import platform
 import re
+import shutil
 import uuid
 import warnings
 from collections import Counter
@@ -44,6 +45,7 @@ RUNTIME = "Core ML"
 PRECISIONS = ("fp32", "fp16", "int8")
 PACKAGES = ("torch", "onnx", "onnxscript", "coremltools")
 SCHEME = "symmetric"
+BATCH = 1  # image at once
 
 _WEIGHTS_SHA256, _OWN = "weights_sha256", "com.github.apple.coremltools."
 _IDENTITY = uuid.UUID("7e2d1b1e-6f0c-4f6a-9d5b-6f2f4a3d9c10")  # edgekit's own, from which its packages' are made
@@ -172,8 +174,11 @@ class Written:
             pass_pipeline=library.PassPipeline.EMPTY,
             skip_model_load=True,
         )
-        weights = Path(made.weights_dir) / Path(WEIGHTS).name
-        return made.get_spec(), weights.read_bytes()
+        try:
+            weights = Path(made.weights_dir) / Path(WEIGHTS).name
+            return made.get_spec(), weights.read_bytes()
+        finally:
+            shutil.rmtree(made.package_path, ignore_errors=True)  # else it is left to the end of the process
 
     def _made(self, image: Any) -> Any:
         self.values[self.model.graph.input[0].name] = image
@@ -262,8 +267,11 @@ def _clip(graph: Written, node: "NodeProto") -> Any:
 
 def _mean(graph: Written, node: "NodeProto") -> Any:
     about = _attributes(node)
-    axes = graph.arrays[node.input[1]].tolist() if len(node.input) > 1 else [2, 3]
-    keep = True if node.op_type == "GlobalAveragePool" else bool(about.get("keepdims", 1))
+    pooled = node.op_type == "GlobalAveragePool"
+    if not pooled and len(node.input) < 2:
+        raise EdgekitError("a ReduceMean without axes as an input is not written for Core ML", where=RUNTIME)
+    axes = [2, 3] if pooled else graph.arrays[node.input[1]].tolist()
+    keep = pooled or bool(about.get("keepdims", 1))
     return graph.add("reduce_mean", node, x=graph.values[node.input[0]], axes=axes, keep_dims=keep)
 
 

@@ -271,6 +271,7 @@ def _missing() -> EdgekitError:
     return EdgekitError("the package executorch is not installed", where=RUNTIME, mend=mend, exit_code=ENVIRONMENT)
 
 
+_DECODING = 60  # seconds: a whole file takes less than one
 _pools = 0  # how often the threads of this process were replaced
 
 
@@ -337,7 +338,10 @@ def _decoded(content: bytes, schema: str, path: Path) -> dict[str, Any]:
         (Path(scratch) / "it.bin").write_bytes(content)
         command = [str(root / "data/bin/flatc"), "--json", "--defaults-json", "--strict-json", "--raw-binary"]
         command += ["-o", scratch, str(root / schema), "--", f"{scratch}/it.bin"]
-        done = subprocess.run(command, capture_output=True)
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_DECODING)
+        except subprocess.TimeoutExpired:
+            raise EdgekitError(f"not a valid ExecuTorch file (flatc reads for {_DECODING} s)", where=path) from None
         try:
             text = (Path(scratch) / "it.json").read_bytes()
             return json.loads(_INFINITE.sub(rb"\1Infinity", text))

@@ -35,6 +35,7 @@ RUNTIME = "ncnn"
 PRECISIONS = ("fp32", "fp16", "int8")
 PACKAGES = ("torch", "onnx", "onnxscript", "ncnn")
 SCHEME = "layers"
+BATCH = 1  # image at once
 _WEIGHTS_SHA256 = "weights_sha256"
 _NOTE = "# edgekit "  # no loader of ncnn's takes it for a parameter of the last layer: those are numbers
 _NO_OPERATORS = ("Input", "MemoryData", "Noop", "Split")  # of these nothing is computed

@@ -327,6 +327,9 @@ def _pool(graph: _Lowering, node: NodeProto) -> None:
         raise _refused(f"{node.output[0]} is a {node.op_type} of a form that is not written to .param")
     (height, width), (high, wide) = entries["kernel_shape"], entries.get("strides", [1, 1])
     top, left, bottom, right = _pads(node)
+    if entries.get("ceil_mode", 0) and (top, left, bottom, right) != (0, 0, 0, 0):
+        # ONNX leaves out a window that begins in the padding; ncnn has it.
+        raise _refused(f"{node.output[0]} is a {node.op_type} that rounds its padded size up, which is not written")
     # 5: the last window is left out where it would not be whole, or, as ONNX's ceil_mode, it is not.
     params = {0: int(node.op_type == "AveragePool"), 1: width, 11: height, 2: wide, 12: high}
     params |= {3: left, 13: top, 14: right, 15: bottom, 5: 0 if entries.get("ceil_mode", 0) else 1}

@@ -242,8 +242,11 @@ def running(path: Path) -> dict[str, Any]:
     in. TensorRT fuses all of them into a few kernels, and says no more of those.
 
     Returns:
-        {"int8": number of operators on integers, "float": {operator: number of those on floats}}.
+        {"int8": number of operators on integers, "float": {operator: number of those on floats}}; both empty where no
+        graph stands beside the engine, as of a float one: it does not say itself.
     """
+    if not path.with_name(artifact.TWIN).is_file():
+        return {"int8": 0, "float": {}}
     operators = onnx.describe(path.with_name(artifact.TWIN))["operators"]
     return {"int8": sum(operators.get("int8", {}).values()), "float": operators.get("float", {})}
 
