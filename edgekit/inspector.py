@@ -180,7 +180,9 @@ def _beside(path: Path, folder: Path | None = None) -> dict[str, Any]:
     if not (folder / "artifact.json").is_file():
         return {}
     record = artifact.load(folder).record
-    if path.relative_to(folder).as_posix() not in [file["path"] for file in record["files"]]:  # another file there
+    if path.absolute().relative_to(folder.absolute()).as_posix() not in [
+        file["path"] for file in record["files"]
+    ]:  # another file there
         return {}
     running = {"in_its_runtime": record["operators"]} if "operators" in record else {}
     return {key: record[key] for key in _MADE if key in record} | running

@@ -13,6 +13,7 @@ import numpy
 import onnx
 import pytest
 import torch
+from damaged import described
 from milprogram import computed
 from networks import network, photos
 from onnx import numpy_helper
@@ -279,3 +280,7 @@ def test_on_a_mac_each_image_is_asked_for_by_itself(written: Any, monkeypatch: p
 
 def test_it_needs_a_mac():
     assert (coreml.lacking() is None) == (sys.platform == "darwin")
+
+
+def test_describing_a_file_with_changed_bytes_is_one_sentence_or_an_answer(written: Any, tmp_path: Path):
+    assert described("coreml", written[1]["fp32"] / coreml.FILE, tmp_path, 150) < 150

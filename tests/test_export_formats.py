@@ -17,7 +17,7 @@ from test_exporter import make
 import edgekit
 from edgekit import artifact, data, exporter, jobs, judge, models, runs, twin
 from edgekit.bencher import bench
-from edgekit.classifier import predict
+from edgekit.classifier import Wrapped, predict
 from edgekit.errors import EdgekitError
 from edgekit.exporter import export
 from edgekit.files import sha256
@@ -212,6 +212,23 @@ def test_floats_are_multiplied_as_floats(whole: Any):
     answered = FORMATS["openvino"].open(run.artifacts / "openvino-fp32/model.xml")(images)
     expected = predict(student, images)
     assert numpy.abs(answered.numpy() - expected.numpy()).max() < 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+@needs_openvino
+def test_an_int8_file_that_is_not_its_graph_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(place, tmp_path / "work", symlinks=True)
+    monkeypatch.chdir(tmp_path / "work")
+    opened = FORMATS["openvino"].open
+
+    def other(path: Path, **options: Any) -> Any:
+        file = opened(path, **options)
+        wrong = (path.parent / "twin.onnx").is_file()
+        return Wrapped(lambda images: file(images).roll(1, 1) if wrong else file(images), differentiable=False)
+
+    monkeypatch.setattr(FORMATS["openvino"], "open", other)
+    with pytest.raises(EdgekitError, match=r"openvino-int8: decides as the graph that it was made of on \d+\.\d % of"):
+        export(int8=True, formats="openvino", ptq="plain")
+    assert not Path("runs/small-1/artifacts/openvino-int8").exists()
 
 
 @needs_openvino

@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from damaged import described
 from networks import photos
 from onnx import numpy_helper
 from test_exporter import make
@@ -270,3 +271,7 @@ def test_an_exported_run_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copy(written.graph, tmp_path / "model.tflite")
     with pytest.raises(EdgekitError, match=r"model\.tflite: not a TFLite file"):
         judge.open(tmp_path / "model.tflite")
+
+
+def test_describing_a_file_with_changed_bytes_is_one_sentence_or_an_answer(float_file: Path, tmp_path: Path):
+    assert described("litert", float_file, tmp_path, 150) < 150

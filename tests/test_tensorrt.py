@@ -288,3 +288,17 @@ def test_the_graph_beside_it_answers_about_as_the_student(whole: tuple[runs.Run,
     expected = predict(student, images).argmax(1)
     answered = onnx_format.open(run.artifacts / "tensorrt-int8/twin.onnx", threads=1)(images).argmax(1)
     assert (answered == expected).double().mean() > 0.95
+
+
+def test_bench_measures_what_runs_here_and_names_the_rest(whole: tuple[runs.Run, dict[str, Any]], capsys):
+    run, _ = whole
+    document = edgekit.bench(run.folder, rounds=1, threads=1, batch=1)
+    assert [one["name"] for one in document["artifacts"]] == ["onnx-fp32"]
+    assert f"tensorrt-int8 is not measured: it needs {LACKED}" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(EdgekitError, match="nothing here can be measured on this machine: tensorrt-int8") as caught:
+        edgekit.bench(run.artifacts / "tensorrt-int8", rounds=1)
+    assert caught.value.exit_code == 4
+
+
+def test_without_its_graph_an_engine_says_nothing_of_its_operators(tmp_path: Path):
+    assert tensorrt.running(tmp_path / tensorrt.FILE) == {"int8": 0, "float": {}}

@@ -9,6 +9,7 @@ import numpy
 import onnx
 import pytest
 import torch
+from damaged import described
 from networks import compact, photos
 from onnx import numpy_helper
 from torch import nn
@@ -208,3 +209,7 @@ def test_where_the_package_is_missing_a_sentence_says_how_to_get_it(full: Path, 
     ) as e:
         executorch.open(full)
     assert e.value.exit_code == 4
+
+
+def test_describing_a_file_with_changed_bytes_is_one_sentence_or_an_answer(full: Path, tmp_path: Path):
+    assert described("executorch", full, tmp_path, 25) < 25

@@ -10,6 +10,7 @@ import numpy
 import onnx
 import pytest
 import torch
+from damaged import described
 from networks import network, photos
 from onnx import TensorProto, helper, numpy_helper
 from test_exporter import make
@@ -305,3 +306,7 @@ def test_an_artifact_is_verified_benched_and_inspected(exported: Path):
 
 def test_the_doctor_tries_it():
     assert trial.format("ncnn") == f"fp32, fp16 and int8: written, opened and compared in {judge.runtime('ncnn')}"
+
+
+def test_describing_a_file_with_changed_bytes_is_one_sentence_or_an_answer(written: Path, tmp_path: Path):
+    assert described("ncnn", written / "resnet18-fp32" / "model.param", tmp_path, 150) < 150
