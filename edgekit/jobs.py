@@ -193,7 +193,7 @@ def _lacking(name: str) -> str | None:
 
 
 def _install(name: str) -> str:
-    return f"Run: pip install 'edgekit[{name}]'"
+    return f"Run: pip install 'edgekit[{getattr(FORMATS[name], 'EXTRA', name)}]'"
 
 
 def trained(jobs: Sequence[Job], label: str | None, *, control: bool) -> list[Job]:

@@ -5,6 +5,7 @@ own, weights are int8 constants behind a dequantize_per_channel. It is the form 
 with the integers, scales and zero points of edgekit's own graph.
 """
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -219,8 +220,8 @@ def _max_pool(node: "NodeProto", given: dict[str, Any]) -> Callable[..., Tensor]
 
 def _rows(x: Tensor, width: int, node: "NodeProto") -> Tensor:
     """(N, …) -> (N, width), where that is what the numbers of one image come to."""
-    if width not in (-1, x[0].numel()):
-        raise _unknown(node, f"makes rows of {width} numbers of images of {x[0].numel()}")
+    if width not in (-1, size := math.prod(x.shape[1:])):
+        raise _unknown(node, f"makes rows of {width} numbers of images of {size}")
     return x.flatten(1)
 
 

@@ -35,6 +35,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 _MODULE = "tensorrt" if find_spec("tensorrt") else "tensorrt_rtx"
 PACKAGES = ("torch", "onnx", "onnxscript", _MODULE)
 SCHEME = "symmetric"
+EXTRA = "tensorrt-rtx"  # which installs, and builds engines, where there is no GPU
 BATCH, USUAL = 64, 8  # the largest batch, and the one that kernels are chosen for
 
 _ALIGNED = 256  # bytes: what TensorRT asks of an address
