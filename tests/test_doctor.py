@@ -51,7 +51,8 @@ def fine(lists: list[list[str]]) -> dict[str, Outcome]:
 
 def test_formats_are_written_opened_and_compared_and_other_files_are_noticed(monkeypatch: pytest.MonkeyPatch):
     assert set(JUDGED) == set(FORMATS)  # what the rows are named after is read without torch
-    assert trial.tried("format:onnx")["found"] == f"fp32, fp16 and int8: written, opened and compared in {runtime('onnx')}"
+    found = trial.tried("format:onnx")["found"]
+    assert found == f"fp32, fp16 and int8: written, opened and compared in {runtime('onnx')}"
     assert (trial.tried("format:torchscript")["found"] or "").startswith("fp32: written")
     before = FORMATS["torchscript"].open
     for wrong in (lambda scores: scores.flip(1), lambda scores: scores * torch.nan, lambda scores: scores[:, :3]):
