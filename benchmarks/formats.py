@@ -94,7 +94,8 @@ def kept(one: dict[str, Any]) -> Row:
 
 def size_and_speed(scratch: Path, width: float, rounds: int, quick: bool) -> list[Row]:
     """int8 against fp32 in each format's own runtime, of an untrained network."""
-    network = untrained("mobilenetv2", width)
+    # ExecuTorch takes no weights that lie channels-last.
+    network = untrained("mobilenetv2", width).to(memory_format=torch.contiguous_format)  # pyright: ignore
     lowered, images = onnx.lower(network), noise(8 if quick else CALIBRATION, 20)
     rows = []
     for name, format in FORMATS.items():
